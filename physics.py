@@ -1,0 +1,1047 @@
+"""One control step of a small MuJoCo model as straight-line JAX arithmetic.
+
+    step = make_step(mujoco.MjModel.from_xml_string(xml), substeps=10)
+    qpos, qvel, touch = jax.vmap(step)(qpos, qvel, ctrl)
+
+A general simulator spends its time on what a small model lacks: loops over bodies of a runtime tree, gathers,
+masked rows, hundreds of tiny kernels. Here the compiled `mujoco.MjModel` is known while JAX traces, so the
+step is *partially evaluated*. Every quantity is a numpy object array whose entries are either Python floats
+(known now) or `Num`s (a traced scalar each). `Num`'s operators fold the constants and drop 0 and 1, so that
+ordinary 3-D rigid-body algebra written with `@` and `np.cross` leaves behind only the arithmetic this one model
+needs: a planar mechanism collapses to planar code by itself. XLA fuses the rest and `vmap` supplies the batch.
+
+The semantics are those of C MuJoCo (Todorov, Erez & Tassa 2012, and the "Computation" chapter of its manual),
+with the model's own integrator, time step and friction cone:
+
+    kinematics   one pass down the tree gives poses and velocity-product accelerations of all bodies
+    dynamics     M a0 = tau(q, v, u): M and the bias force are sums over bodies of Jacobian products
+    constraints  limits, friction loss, tendon limits and planar contacts become rows x = J a - aref
+    solver       min_a 1/2 (a - a0)' M (a - a0) + sum of s(x): closed form where a row stands alone, else Newton
+    integrator   semi-implicit Euler with implicit joint damping, or RK4
+
+A model that needs anything else raises `NotImplementedError`; `backend="mjx"` steps it with MuJoCo's own JAX port.
+"""
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import mujoco
+import numpy as np
+from jax import lax
+
+MINIMP, MAXIMP, MINVAL = 1e-4, 0.9999, 1e-15  # MuJoCo's mjMINIMP, mjMAXIMP, mjMINVAL
+SLIDE, HINGE = int(mujoco.mjtJoint.mjJNT_SLIDE), int(mujoco.mjtJoint.mjJNT_HINGE)
+GEOM, INTEGRATOR, WRAP, TRN = mujoco.mjtGeom, mujoco.mjtIntegrator, mujoco.mjtWrap, mujoco.mjtTrn
+PLANE, SPHERE, CAPSULE = int(GEOM.mjGEOM_PLANE), int(GEOM.mjGEOM_SPHERE), int(GEOM.mjGEOM_CAPSULE)
+
+
+# ---------------------------------------------------------------- partial evaluation: scalars known now or later
+
+class Num:
+    """A traced scalar `x` (float or bool) of a computation whose float dtype is `dtype`.
+
+    Mixed with Python floats it simplifies: c + 0, c * 0, c * 1, c * -1 and c / 1 cost nothing.
+    """
+    __slots__ = ("x", "dtype")
+
+    def __init__(self, x, dtype=None):
+        self.x, self.dtype = x, dtype or x.dtype
+
+    def _binary(self, op, other, swap=False):
+        if isinstance(other, np.ndarray):
+            return NotImplemented  # let numpy go through the entries
+        y = raw(other, self.dtype)
+        return Num(op(y, self.x) if swap else op(self.x, y), self.dtype)
+
+    def __add__(self, other):
+        return self if known(other, 0) else self._binary(lax.add, other)
+
+    def __sub__(self, other):
+        return self if known(other, 0) else self._binary(lax.sub, other)
+
+    def __rsub__(self, other):
+        return -self if known(other, 0) else self._binary(lax.sub, other, swap=True)
+
+    def __mul__(self, other):
+        if known(other, 0):
+            return 0.0
+        if known(other, 1):
+            return self
+        return -self if known(other, -1) else self._binary(lax.mul, other)
+
+    def __truediv__(self, other):
+        return self * (1.0 / other) if known(other) else self._binary(lax.div, other)
+
+    def __rtruediv__(self, other):
+        return 0.0 if known(other, 0) else self._binary(lax.div, other, swap=True)
+
+    def __neg__(self):
+        return Num(lax.neg(self.x), self.dtype)
+
+    def __lt__(self, other):
+        return self._binary(lax.lt, other)
+
+    def __gt__(self, other):
+        return self._binary(lax.gt, other)
+
+    def __le__(self, other):
+        return self._binary(lax.le, other)
+
+    def __and__(self, other):
+        return self._binary(lax.bitwise_and, other)
+
+    def __or__(self, other):
+        return self._binary(lax.bitwise_or, other)
+
+    __radd__, __rmul__ = __add__, __mul__
+
+
+def known(a, value=None):
+    """Is `a` a constant (equal to `value`, if given)?"""
+    return not isinstance(a, (Num, np.ndarray)) and (value is None or a == value)
+
+
+def raw(a, dtype):
+    return a.x if isinstance(a, Num) else np.asarray(a, dtype)[()]
+
+
+def const(a):
+    """Model constants as an object array; rounding noise around -1, 0 and 1 is removed so that it can fold."""
+    a = np.asarray(a, float)
+    return np.where(np.abs(a - np.round(a)) < 1e-12, np.round(a), a).astype(object)
+
+
+def zeros(*shape):
+    return np.full(shape, 0.0, object)
+
+
+def _unary(fn, lax_fn):
+    return lambda a: fn(a) if known(a) else Num(lax_fn(a.x), a.dtype)
+
+
+sin, cos, sqrt = _unary(math.sin, lax.sin), _unary(math.cos, lax.cos), _unary(math.sqrt, lax.sqrt)
+
+
+def _pairwise(fn, lax_fn):
+    def apply(a, b):
+        if known(a) and known(b):
+            return fn(a, b)
+        if known(a) or known(b):  # an infinite bound is no bound
+            c, other = (a, b) if known(a) else (b, a)
+            if math.isinf(c) and fn(c, 0.0) == 0.0:
+                return other
+        return a._binary(lax_fn, b) if isinstance(a, Num) else b._binary(lax_fn, a)
+    return apply
+
+
+minimum, maximum = _pairwise(min, lax.min), _pairwise(max, lax.max)
+
+
+def clip(a, lo, hi):
+    return minimum(maximum(a, lo), hi)
+
+
+def where(condition, a, b):
+    if known(condition):
+        return a if condition else b
+    dtype = condition.dtype
+    x, y = (jnp.asarray(raw(c, dtype), dtype) for c in (a, b))
+    return Num(lax.select(condition.x, x, y), dtype)
+
+
+def dot(a, b):
+    return sum((x * y for x, y in zip(a, b)), 0.0)
+
+
+def cross(a, b):
+    return np.array([a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]], object)
+
+
+def power(x, p):
+    return x if p == 1 else x * x if p == 2 else Num(lax.pow(x.x, raw(p, x.dtype)), x.dtype)
+
+
+def settle(values):
+    """The same values (object array), computed once.
+
+    XLA's CPU fusion repeats cheap shared work in every consumer, but never a division. Dividing by a 1 that it
+    cannot see through (0 x + 1) ends the fusion here: 2x on the Newton loop of ball_in_cup.
+    """
+    values = np.asarray(values, object)
+    traced = [v for v in np.ravel(values) if not known(v)]
+    if not traced:
+        return values
+    one = Num(traced[0].x * 0 + 1)
+    return np.vectorize(lambda v: v if known(v) else v / one, otypes=[object])(values)
+
+
+def factor(M):
+    """L' D L of a symmetric positive matrix, from the last row up, which leaves a tree's zeros in place."""
+    M, n = M.copy(), len(M)
+    inverse = [None] * n
+    L = zeros(n, n)
+    for k in reversed(range(n)):
+        inverse[k] = 1.0 / M[k, k]
+        for i in range(k):
+            L[k, i] = M[k, i] * inverse[k]
+        for i in range(k):
+            for j in range(i + 1):
+                M[i, j] = M[i, j] - L[k, i] * M[k, j]
+    return L, inverse
+
+
+def solve(factors, b):
+    L, inverse = factors
+    x = list(b)
+    for k in reversed(range(len(x))):
+        for i in range(k):
+            x[i] = x[i] - L[k, i] * x[k]
+    for k in range(len(x)):
+        x[k] = x[k] * inverse[k] - sum((L[k, i] * x[i] for i in range(k)), 0.0)
+    return np.array(x, object)
+
+
+# ------------------------------------------------------------------------------------------------ rigid bodies
+
+def rotation(quat):
+    mat = np.zeros(9)
+    mujoco.mju_quat2Mat(mat, np.asarray(quat, float))
+    return const(mat.reshape(3, 3))
+
+
+class Tree(NamedTuple):
+    """World-frame pose and, if velocities were given, velocity-product motion of each body; axes of each dof."""
+    pos: list        # (3,) body origin
+    mat: list        # (3, 3) body orientation
+    omega: list      # (3,) angular velocity
+    alpha: list      # (3,) angular acceleration at zero joint acceleration
+    acc: list        # (3,) linear acceleration of the origin at zero joint acceleration, gravity subtracted
+    axis: list       # (3,) axis of each dof
+    anchor: list     # (3,) point on the axis of a hinge; None for a slide
+    dofs: list       # dofs that move each body
+
+    def jacobian(self, body, point):
+        """{dof: (3,) velocity of a world `point` fixed to `body`, per unit joint velocity}."""
+        return {d: self.axis[d] if self.anchor[d] is None else cross(self.axis[d], point - self.anchor[d])
+                for d in self.dofs[body]}
+
+
+def forward_tree(m, q, v=None):
+    """`Tree` at joint positions `q` (nq,) and velocities `v` (nv,); v = None leaves the motion at zero."""
+    gravity = not m.opt.disableflags & mujoco.mjtDisableBit.mjDSBL_GRAVITY
+    pos, mat, dofs = [const([0, 0, 0])], [const(np.eye(3))], [[]]
+    omega, alpha, acc = [zeros(3)], [zeros(3)], [const(-m.opt.gravity * gravity)]
+    axes, anchors = [None] * m.nv, [None] * m.nv
+
+    def centripetal(w, dw, r):
+        return cross(dw, r) + cross(w, cross(w, r))
+
+    for b in range(1, m.nbody):
+        parent = m.body_parentid[b]
+        w, dw, R = omega[parent], alpha[parent], mat[parent]
+        offset = R @ const(m.body_pos[b])
+        p, a = pos[parent] + offset, acc[parent] + centripetal(w, dw, offset)
+        R = R @ rotation(m.body_quat[b])
+        moved = list(dofs[parent])
+        for j in range(m.body_jntadr[b], m.body_jntadr[b] + m.body_jntnum[b]):
+            d, local = m.jnt_dofadr[j], const(m.jnt_axis[j])
+            angle = q[m.jnt_qposadr[j]] - float(m.qpos0[m.jnt_qposadr[j]])
+            rate = 0.0 if v is None else v[d]
+            axes[d] = R @ local
+            moved.append(d)
+            if m.jnt_type[j] == SLIDE:
+                p, shift = p + axes[d] * angle, axes[d] * angle
+                a = a + centripetal(w, dw, shift) + 2.0 * cross(w, axes[d] * rate)
+                continue
+            arm = R @ const(m.jnt_pos[j])  # origin to anchor, before and after the rotation
+            anchors[d] = p + arm
+            a = a + centripetal(w, dw, arm)
+            s, c = sin(angle), cos(angle)
+            outer = const(np.outer(m.jnt_axis[j], m.jnt_axis[j]))
+            skew = const(np.cross(np.eye(3), m.jnt_axis[j]))
+            R = R @ (const(np.eye(3) - outer.astype(float)) * c + outer + skew * s)
+            dw, w = dw + cross(w, axes[d] * rate), w + axes[d] * rate
+            arm = R @ const(m.jnt_pos[j])
+            p, a = anchors[d] - arm, a - centripetal(w, dw, arm)
+        for values, value in zip((pos, mat, omega, alpha, acc, dofs), (p, R, w, dw, a, moved)):
+            values.append(value)
+    return Tree(pos, mat, omega, alpha, acc, axes, anchors, dofs)
+
+
+def inertia_and_bias(m, tree):
+    """Mass matrix (nv, nv), and the force (nv,) that zero joint acceleration needs (gravity, centrifugal)."""
+    M, bias = zeros(m.nv, m.nv), zeros(m.nv)
+    for d in range(m.nv):
+        M[d, d] = float(m.dof_armature[d])
+    for b in range(1, m.nbody):
+        if not tree.dofs[b] or not (m.body_mass[b] or m.body_inertia[b].any()):
+            continue
+        mass, inertia = float(m.body_mass[b]), const(m.body_inertia[b])
+        arm, frame = tree.mat[b] @ const(m.body_ipos[b]), tree.mat[b] @ rotation(m.body_iquat[b])
+        w, dw = tree.omega[b], tree.alpha[b]
+        force = (tree.acc[b] + cross(dw, arm) + cross(w, cross(w, arm))) * mass
+        w, dw = frame.T @ w, frame.T @ dw
+        torque = inertia * dw + cross(w, inertia * w)
+        linear = tree.jacobian(b, tree.pos[b] + arm)
+        angular = {d: zeros(3) if tree.anchor[d] is None else frame.T @ tree.axis[d] for d in linear}
+        for i in linear:
+            bias[i] = bias[i] + dot(linear[i], force) + dot(angular[i], torque)
+            for j in linear:
+                if j <= i:
+                    M[i, j] = M[i, j] + dot(linear[i], linear[j]) * mass + dot(angular[i], inertia * angular[j])
+                    M[j, i] = M[i, j]
+    return M, bias
+
+
+def tendon(m, tree, q, t, wrap_prm):
+    """Length and Jacobian {dof: value} of tendon `t`: fixed (joint coefficients) or spatial (straight via sites)."""
+    wraps = range(m.tendon_adr[t], m.tendon_adr[t] + m.tendon_num[t])
+    length, J = 0.0, {}
+    if m.wrap_type[wraps[0]] == WRAP.mjWRAP_JOINT:
+        for w in wraps:
+            j = m.wrap_objid[w]
+            length = length + wrap_prm[w] * q[m.jnt_qposadr[j]]
+            J[m.jnt_dofadr[j]] = wrap_prm[w] + J.get(m.jnt_dofadr[j], 0.0)
+        return length, J
+    sites = [m.wrap_objid[w] for w in wraps]
+    for s0, s1 in zip(sites, sites[1:]):
+        (p0, p1), (b0, b1) = ([point(m, tree, s) for s in (s0, s1)], m.site_bodyid[[s0, s1]])
+        distance = sqrt(dot(p1 - p0, p1 - p0))
+        if known(distance):
+            length = length + distance
+            continue
+        direction = (p1 - p0) * where(distance < MINVAL, 0.0, 1.0 / distance)
+        length = length + distance
+        for d, value in row(tree, (b0, p0), (b1, p1), direction).items():
+            J[d] = value + J.get(d, 0.0)
+    return length, J
+
+
+def point(m, tree, site):
+    b = m.site_bodyid[site]
+    return tree.pos[b] + tree.mat[b] @ const(m.site_pos[site])
+
+
+def row(tree, end1, end2, direction):
+    """{dof: velocity of end 2 relative to end 1 along `direction`}; an end is (body, world point)."""
+    J = {}
+    for (body, p), sign in ((end1, -1.0), (end2, 1.0)):
+        for d, column in tree.jacobian(body, p).items():
+            J[d] = J.get(d, 0.0) + sign * dot(column, direction)
+    return J
+
+
+# ------------------------------------------------------------------------------------------------- constraints
+
+class Group(NamedTuple):
+    """Constraints that act on the same coordinates y = T a: one scalar, or the relative planar twist of two bodies."""
+    T: list           # of {dof: coefficient}
+    members: list     # of `Row` or `Contact`, whose J multiplies y
+
+    def coordinates(self, a):
+        return [dot(t.values(), [a[d] for d in t]) for t in self.T]
+
+
+class Row(NamedTuple):
+    """A scalar constraint x = J a - aref whose cost has the gradient clip(D x, lo, hi)."""
+    J: tuple          # of one row: (1.0,)
+    aref: tuple       # of one
+    D: object         # 1/R; zero when inactive
+    lo: float
+    hi: float
+
+    def gradient(self, x):
+        return (clip(self.D * x[0], self.lo, self.hi),)
+
+    def hessian(self, x):
+        y = self.D * x[0]
+        inside = y < self.hi if self.lo == -math.inf else (y < self.hi) & (y > self.lo)
+        return ((where(inside, self.D, 0.0),),)
+
+
+class Contact(NamedTuple):
+    """A planar contact: normal and tangent row, friction coefficient `mu`, D = 1/R of the normal row."""
+    J: tuple          # of two rows over the coordinates of the group
+    aref: tuple       # of two
+    D: object         # zero when apart
+    mu: float
+    impratio: float
+    elliptic: bool
+    zone: dict        # where to sum its normal force: {touch sensor: 0/1 Num}
+
+    def gradient(self, x):
+        """Gradient W x: the cost is piecewise quadratic, with the Hessian W of the piece that x is in."""
+        (wnn, wnt), (_, wtt) = self.hessian(x)
+        return wnn * x[0] + wnt * x[1], wnt * x[0] + wtt * x[1]
+
+    def hessian(self, x):
+        (n, t), mu, D = x, self.mu, self.D
+        if self.elliptic:
+            mu2 = mu * mu / self.impratio
+            size = maximum(t, -t) * mu
+            bottom, middle = n * mu2 + size < 0.0, n < size
+            c = where(middle, D / (1.0 + mu2), 0.0)
+            sign = where(t < 0.0, -mu, mu)
+            return ((where(bottom, D, c), where(bottom, 0.0, -(c * sign))),
+                    (where(bottom, 0.0, -(c * sign)), where(bottom, D * self.impratio, c * (mu * mu))))
+        # The two edges along y have the same row n: MuJoCo's pyramid has four edges, this one 1 + 1 + 2.
+        low, high = (where(n + s * t < 0.0, D, 0.0) for s in (mu, -mu))
+        return ((low + high + where(n < 0.0, D * 2.0, 0.0), (low - high) * mu),
+                ((low - high) * mu, (low + high) * (mu * mu)))
+
+
+def impedance(m, solref, solimp, position, weight):
+    """MuJoCo's soft-constraint parameters at `position` (violation minus margin).
+
+    Returns (active, D, B, K d): D = 1/R for a diagonal weight `weight`, aref = -B (J v) - (K d) position.
+    """
+    d0, d1 = np.clip(solimp[:2], MINIMP, MAXIMP)
+    width, mid, p = max(0.0, solimp[2]), float(np.clip(solimp[3], MINIMP, MAXIMP)), max(1.0, solimp[4])
+    d0, d1 = float(d0), float(d1)
+    if solref[0] > 0 and solref[1] > 0:
+        time = max(float(solref[0]), 2 * m.opt.timestep)
+        K, B = 1.0 / max(MINVAL, (d1 * time * float(solref[1])) ** 2), 2.0 / max(MINVAL, d1 * time)
+    else:
+        K, B = -float(solref[0]) / max(MINVAL, d1 * d1), -float(solref[1]) / max(MINVAL, d1)
+    if d0 == d1 or width <= MINVAL:
+        d = 0.5 * (d0 + d1)
+    elif known(position):
+        d = d0  # friction loss: always at zero
+    else:
+        x = minimum(maximum(position, -position) / width, 1.0)
+        y = x if p == 1 else where(x < mid, power(x, p) / mid ** (p - 1),
+                                   1.0 - power(1.0 - x, p) / (1.0 - mid) ** (p - 1))
+        d = d0 + y * (d1 - d0)
+    weight = max(weight, MINVAL)
+    D = d / ((1.0 - d) * weight)
+    return D, B, K * d
+
+
+def scalar_rows(m, tree, q, v, wrap_prm):
+    """Friction loss, joint limits and tendon limits as groups of one `Row`."""
+    groups = []
+    flags = m.opt.disableflags
+    if not flags & mujoco.mjtDisableBit.mjDSBL_FRICTIONLOSS:
+        for d in np.flatnonzero(m.dof_frictionloss > 0):
+            D, B, _ = impedance(m, m.dof_solref[d], m.dof_solimp[d], 0.0, float(m.dof_invweight0[d]))
+            loss = float(m.dof_frictionloss[d])
+            groups.append(Group([{d: 1.0}], [Row(((1.0,),), (-B * v[d],), D, -loss, loss)]))
+    if flags & mujoco.mjtDisableBit.mjDSBL_LIMIT:
+        return groups
+
+    def limit(value, J, bounds, margin, solref, solimp, weight, only_upper=False):
+        """One row for the nearer of the two sides: they cannot both be violated."""
+        lower, upper = value - float(bounds[0]), float(bounds[1]) - value
+        side = -1.0 if only_upper else where(lower < upper, 1.0, -1.0)
+        position = (upper if only_upper else minimum(lower, upper)) - margin
+        D, B, Kd = impedance(m, solref, solimp, position, weight)
+        J = {d: side * c for d, c in J.items() if not known(c, 0)}
+        aref = -B * dot(J.values(), [v[d] for d in J]) - Kd * position
+        D = where(position < 0.0, D, 0.0)
+        groups.append(Group([J], [Row(((1.0,),), (aref,), D, -math.inf, 0.0)]))
+
+    for j in np.flatnonzero(m.jnt_limited):
+        d = m.jnt_dofadr[j]
+        limit(q[m.jnt_qposadr[j]], {d: 1.0}, m.jnt_range[j], float(m.jnt_margin[j]),
+              m.jnt_solref[j], m.jnt_solimp[j], float(m.dof_invweight0[d]))
+    for t in np.flatnonzero(m.tendon_limited):
+        length, J = tendon(m, tree, q, t, wrap_prm)
+        string = m.wrap_type[m.tendon_adr[t]] == WRAP.mjWRAP_SITE and m.tendon_range[t, 0] <= 0
+        limit(length, J, m.tendon_range[t], float(m.tendon_margin[t]), m.tendon_solref_lim[t],
+              m.tendon_solimp_lim[t], float(m.tendon_invweight0[t]), only_upper=string)
+    return groups
+
+
+# ---------------------------------------------------------------------------------------------------- contacts
+
+def contact_pairs(m):
+    """Geom pairs that MuJoCo's filters let collide, less those that no joint positions can bring together."""
+    if m.opt.disableflags & (mujoco.mjtDisableBit.mjDSBL_CONTACT | mujoco.mjtDisableBit.mjDSBL_CONSTRAINT):
+        return []
+    weld, body = m.body_weldid, m.geom_bodyid
+    parent = weld[m.body_parentid[weld]]
+    reach = [disc(m, g) for g in range(m.ngeom)]
+    pairs = []
+    for g1, g2 in ((i, j) for i in range(m.ngeom) for j in range(i + 1, m.ngeom)):
+        if not (m.geom_contype[g1] & m.geom_conaffinity[g2] or m.geom_contype[g2] & m.geom_conaffinity[g1]):
+            continue
+        w1, w2 = weld[body[g1]], weld[body[g2]]
+        if w1 == w2 or (body[g1] << 16) + body[g2] in m.exclude_signature:
+            continue
+        family = w1 and w2 and (parent[w1] == w2 or parent[w2] == w1)
+        if family and not m.opt.disableflags & mujoco.mjtDisableBit.mjDSBL_FILTERPARENT:
+            continue
+        if m.geom_type[g1] > m.geom_type[g2]:
+            g1, g2 = g2, g1
+        margin = m.geom_margin[g1] + m.geom_margin[g2]
+        if separation(m, g1, reach[g1], reach[g2]) <= margin:
+            pairs.append((g1, g2))
+    return pairs
+
+
+def disc(m, g):
+    """(centre (3,), radius): at any joint positions geom `g` stays in this disc of the x-z plane.
+
+    Going up the tree, a hinge turns the disc about its anchor: the disc around the anchor that holds it is
+    invariant. A slide may go anywhere (its limits are soft).
+    """
+    d = mujoco.MjData(m)
+    mujoco.mj_kinematics(m, d)
+    centre, size = d.geom_xpos[g], m.geom_size[g]
+    axis = np.linalg.norm(d.geom_xmat[g].reshape(3, 3)[[0, 2], 2])  # in-plane part of the z axis
+    if m.geom_type[g] in (SPHERE, CAPSULE, int(GEOM.mjGEOM_CYLINDER)):
+        radius = size[0] + (0.0 if m.geom_type[g] == SPHERE else size[1] * axis)
+    else:
+        radius = np.linalg.norm(size) if m.geom_rbound[g] else math.inf
+    b = m.geom_bodyid[g]
+    while b:
+        for j in reversed(range(m.body_jntadr[b], m.body_jntadr[b] + m.body_jntnum[b])):
+            if m.jnt_type[j] == SLIDE:
+                return centre, math.inf
+            radius += np.linalg.norm((centre - d.xanchor[j])[[0, 2]])
+            centre = d.xanchor[j]
+        b = m.body_parentid[b]
+    return centre.copy(), radius
+
+
+def separation(m, g1, disc1, disc2):
+    """A lower bound of the distance between two geoms; minus infinity when nothing is known."""
+    if m.geom_type[g1] != PLANE:
+        return np.linalg.norm((disc1[0] - disc2[0])[[0, 2]]) - disc1[1] - disc2[1]
+    if m.body_weldid[m.geom_bodyid[g1]]:
+        return -math.inf
+    d = mujoco.MjData(m)
+    mujoco.mj_kinematics(m, d)
+    return (disc2[0] - d.geom_xpos[g1]) @ d.geom_xmat[g1].reshape(3, 3)[:, 2] - disc2[1]
+
+
+def proximity(m, tree, g1, g2):
+    """[(distance, normal from geom 1 to geom 2 (3,), midpoint (3,))]: one entry, two for a plane and a capsule."""
+    def pose(g):
+        b = m.geom_bodyid[g]
+        axis = tree.mat[b] @ rotation(m.geom_quat[g])[:, 2]
+        return tree.pos[b] + tree.mat[b] @ const(m.geom_pos[g]), axis, float(m.geom_size[g, 0])
+
+    (p1, z1, r1), (p2, z2, r2) = pose(g1), pose(g2)
+    kinds = m.geom_type[g1], m.geom_type[g2]
+    s1, s2 = z1 * float(m.geom_size[g1, 1]), z2 * float(m.geom_size[g2, 1])  # half segments of capsules
+    if kinds[0] == PLANE:
+        ends = [p2] if kinds[1] == SPHERE else [p2 + s2, p2 - s2]
+        distances = [dot(p - p1, z1) - r2 for p in ends]
+        return [(x, z1, p - z1 * (r2 + 0.5 * x)) for x, p in zip(distances, ends)]
+    if kinds == (SPHERE, CAPSULE):
+        half = float(m.geom_size[g2, 1])
+        p2 = p2 + z2 * clip(dot(z2, p1 - p2), -half, half)
+    elif kinds == (CAPSULE, CAPSULE):  # where the lines cross, clipped to segment 1, then 2, then 1 again
+        gap, area = p1 - p2, cross(s1, s2)[1]
+        area = where(maximum(area, -area) < 3e-8, 3e-8, area)
+        aa, ab, bb = float(m.geom_size[g1, 1]) ** 2, dot(s1, s2), float(m.geom_size[g2, 1]) ** 2
+        x1 = clip(-cross(gap, s2)[1] / area, -1.0, 1.0)
+        x2 = clip((dot(s2, gap) + ab * x1) / bb, -1.0, 1.0)
+        x1 = clip((ab * x2 - dot(s1, gap)) / aa, -1.0, 1.0)
+        p1, p2 = p1 + s1 * x1, p2 + s2 * x2
+    offset = p2 - p1
+    length = sqrt(dot(offset, offset))
+    same = length < MINVAL
+    inverse = 1.0 / where(same, 1.0, length)
+    normal = np.array([where(same, c, x * inverse) if not known(x, 0) else c for x, c in zip(offset, (1.0, 0.0, 0.0))],
+                      object)
+    distance = length - (r1 + r2)
+    return [(distance, normal, p1 + normal * (r1 + 0.5 * distance))]
+
+
+def merge_copies(m, pairs):
+    """{pair: number of copies of each of its contacts}; a contact that an earlier one stands for has none.
+
+    The ends of capsules that only translate can always be at the same height over a plane. Such contacts are found
+    by running the same code on numbers.
+    """
+    rng = np.random.RandomState(0)
+    trees = [forward_tree(m, list(rng.uniform(-2, 2, m.nq))) for _ in range(3)]
+    copies, seen = {}, {}
+    for g1, g2 in pairs:
+        bodies = tuple(m.geom_bodyid[[g1, g2]])
+        contacts = [proximity(m, tree, g1, g2) for tree in trees]
+        copies[g1, g2] = [1] * len(contacts[0])
+        if m.geom_type[g1] != PLANE or any(trees[0].anchor[d] is not None for b in bodies for d in trees[0].dofs[b]):
+            continue
+        for k in range(len(contacts[0])):
+            key = bodies + tuple(np.round([c[k][0] for c in contacts], 10)) + tuple(np.ravel(contacts[0][k][1]))
+            key += tuple(np.ravel(contact_parameters(m, g1, g2)[:1])) + tuple(np.concatenate(contact_parameters(m, g1, g2)[1:3]))
+            first, i = seen.setdefault(key, ((g1, g2), k))
+            if (first, i) != ((g1, g2), k):
+                copies[g1, g2][k] = 0
+                copies[first][i] += 1
+    return copies
+
+
+def contact_parameters(m, g1, g2):
+    """MuJoCo's mixing of two geoms: (friction, solref, solimp, margin)."""
+    margin = float(m.geom_margin[g1] + m.geom_margin[g2])
+    if m.geom_priority[g1] != m.geom_priority[g2]:
+        g = g1 if m.geom_priority[g1] > m.geom_priority[g2] else g2
+        return float(m.geom_friction[g, 0]), m.geom_solref[g], m.geom_solimp[g], margin
+    (w1, w2), ref = m.geom_solmix[[g1, g2]], m.geom_solref[[g1, g2]]
+    mix = w1 / (w1 + w2) if min(w1, w2) >= MINVAL else 0.5 if max(w1, w2) < MINVAL else float(w1 >= MINVAL)
+    solref = mix * ref[0] + (1 - mix) * ref[1] if (ref[:, 0] > 0).all() else ref.min(axis=0)
+    solimp = mix * m.geom_solimp[g1] + (1 - mix) * m.geom_solimp[g2]
+    return float(max(m.geom_friction[[g1, g2], 0])), solref, solimp, margin
+
+
+def contact_rows(m, tree, v, pairs, touch):
+    """Groups of `Contact`s, one per pair of bodies; `touch` lists the sites of the touch sensors."""
+    groups = {}
+    elliptic = m.opt.cone == mujoco.mjtCone.mjCONE_ELLIPTIC
+    for (g1, g2), copies in pairs.items():
+        mu, solref, solimp, margin = contact_parameters(m, g1, g2)
+        b1, b2 = m.geom_bodyid[[g1, g2]]
+        origin = tree.pos[b2 if tree.dofs[b2] else b1]
+        if (b1, b2) not in groups:
+            groups[b1, b2] = Group(relative_twist(tree, b1, b2, origin), [])
+        group = groups[b1, b2]
+        rate = group.coordinates(v)
+        weight = float(m.body_invweight0[b1, 0] + m.body_invweight0[b2, 0])
+        if not elliptic:
+            weight *= (1 + mu * mu) * 2 * mu * mu / m.opt.impratio
+        for (distance, normal, p), copy in zip(proximity(m, tree, g1, g2), copies):
+            if not copy:
+                continue
+            D, B, Kd = impedance(m, solref, solimp, distance - margin, weight)
+            tangent, arm = np.array([-normal[2], 0.0, normal[0]], object), p - origin
+            J = tuple((d[0], d[2], d[0] * arm[2] - d[2] * arm[0]) for d in (normal, tangent))
+            aref = [-B * dot(j, rate) for j in J]
+            zone = {}
+            for k, site in enumerate(touch):
+                if m.site_bodyid[site] in (b1, b2):
+                    ray = normal if m.site_bodyid[site] == b1 else -normal
+                    zone[k] = hits(m, tree, site, p, ray)
+            group.members.append(Contact(J, (aref[0] - Kd * (distance - margin), aref[1]),
+                                         where(distance < margin, D * float(copy), 0.0), mu, m.opt.impratio,
+                                         elliptic, zone))
+    return list(groups.values())
+
+
+def relative_twist(tree, b1, b2, origin):
+    """Planar velocity (x, z at `origin`, and about y) of body 2 relative to body 1: three {dof: coefficient}."""
+    T = [{}, {}, {}]
+    for body, sign in ((b1, -1.0), (b2, 1.0)):
+        for d, column in tree.jacobian(body, origin).items():
+            turn = 0.0 if tree.anchor[d] is None else tree.axis[d][1]
+            for t, value in zip(T, (column[0], column[2], turn)):
+                t[d] = t.get(d, 0.0) + sign * value
+    return [{d: c for d, c in t.items() if not known(c, 0)} for t in T]
+
+
+def hits(m, tree, site, start, direction):
+    """Does the ray meet the sphere or ellipsoid of `site`? (a t^2 + 2 b t + c = 0 has a root t >= 0.)"""
+    frame = tree.mat[m.site_bodyid[site]] @ rotation(m.site_quat[site])
+    sphere = m.site_type[site] == SPHERE
+    inverse = const(1.0 / m.site_size[site][[0, 0, 0] if sphere else [0, 1, 2]])
+    start, direction = (frame.T @ (start - point(m, tree, site))) * inverse, (frame.T @ direction) * inverse
+    a, b, c = dot(direction, direction), dot(direction, start), dot(start, start) - 1.0
+    return (c < 0.0) | ((b < 0.0) & (a * c < b * b))
+
+
+# ------------------------------------------------------------------------------------------------------ solver
+
+def islands(M, groups):
+    """Split the dofs into sets that neither the mass matrix nor a group couples: [(dofs, groups)]."""
+    label = list(range(len(M)))
+    touched = [sorted(set().union(*g.T)) for g in groups]
+    links = [(i, j) for i in label for j in range(i) if not known(M[i, j], 0)]
+    links += [(dofs[0], d) for dofs in touched for d in dofs]
+    for i, j in links:
+        old, new = label[i], label[j]
+        label = [new if k == old else k for k in label]
+    return [([d for d in range(len(M)) if label[d] == k], [g for g, dofs in zip(groups, touched) if label[dofs[0]] == k])
+            for k in sorted(set(label))]
+
+
+def residual(member, y):
+    """x = J y - aref, one entry per row of `member`."""
+    return [dot(j, y) - aref for j, aref in zip(member.J, member.aref)]
+
+
+def constrain(M, a0, groups, dtype):
+    """Joint accelerations (nv,) that minimise 1/2 (a - a0)' M (a - a0) + costs of the constraints."""
+    a = list(a0)
+    for dofs, coupled in islands(M, groups):
+        block = M[np.ix_(dofs, dofs)]
+        members = [r for g in coupled for r in g.members]
+        if len(members) == 1 and isinstance(members[0], Row):  # f = (aref - J a0) / (J M^-1 J' + R), clipped
+            r, T = members[0], coupled[0].T[0]
+            J = np.array([T.get(d, 0.0) for d in dofs], object)
+            MJ = solve(factor(block), J)
+            x = residual(r, coupled[0].coordinates(a0))[0]
+            f = clip(-(r.D * x) / (r.D * dot(J, MJ) + 1.0), -r.hi, -r.lo)
+            for d, value in zip(dofs, MJ):
+                a[d] = a0[d] + value * f
+        elif members:
+            for d, value in zip(dofs, newton(block, dofs, a0, coupled, dtype)):
+                a[d] = value
+    return np.array(a, object)
+
+
+def newton(M, dofs, a0, groups, dtype):
+    """Primal Newton from the unconstrained acceleration, with a line search where the plain steps may cycle."""
+    start = np.array([a0[d] for d in dofs], object)
+    members = [r for g in groups for r in g.members]
+    search = any(isinstance(r, Row) and r.lo > -math.inf or isinstance(r, Contact) and r.elliptic for r in members)
+    iterations, evaluations = (7, 3) if search else (5, 0)
+
+    def iterate(_, values):
+        a = np.array([Num(x) for x in values], object)
+        full = dict(zip(dofs, a))
+        g, H = M @ (a - start), M.copy()
+        xs = []
+        for group in groups:
+            y, n = group.coordinates(full), len(group.T)
+            force, stiffness = zeros(n), zeros(n, n)
+            for r in group.members:
+                x = residual(r, y)
+                xs.append(x)
+                gradient, W = r.gradient(x), r.hessian(x)
+                for i in range(n):
+                    Ji = [j[i] for j in r.J]
+                    force[i] = force[i] + dot(gradient, Ji)
+                    WJ = [dot(w, Ji) for w in W]
+                    for k in range(i + 1):
+                        stiffness[i, k] = stiffness[i, k] + dot(WJ, [j[k] for j in r.J])
+                        stiffness[k, i] = stiffness[i, k]
+            force, stiffness = settle(force), settle(stiffness)
+            T = np.array([[t.get(d, 0.0) for d in dofs] for t in group.T], object)
+            g, H = g + T.T @ force, H + T.T @ (stiffness @ T)
+        d = solve(factor(H), -g)
+        if evaluations:
+            full = dict(zip(dofs, d))
+            dxs = [[dot(j, y) for j in r.J] for group in groups for y in [group.coordinates(full)]
+                   for r in group.members]
+            d = d * line_search(M, a - start, d, members, xs, dxs, dot(g, d), evaluations)
+        return tuple(raw(c, dtype) for c in a + d)
+
+    values = lax.fori_loop(0, iterations, iterate, tuple(jnp.asarray(raw(c, dtype)) for c in start))
+    return [Num(c) for c in values]
+
+
+def line_search(M, offset, d, members, xs, dxs, slope0, evaluations):
+    """A step length with a small derivative of the cost: 1 if that will do, else bracketed Newton steps."""
+    linear, quadratic = dot(d, M @ offset), dot(d, M @ d)
+
+    def slope(alpha):
+        first, second = linear + alpha * quadratic, quadratic
+        for r, x, dx in zip(members, xs, dxs):
+            at = [x0 + alpha * x1 for x0, x1 in zip(x, dx)]
+            first = first + dot(r.gradient(at), dx)
+            second = second + dot([dot(w, dx) for w in r.hessian(at)], dx)
+        return settle([first, second])
+
+    lo, hi, slope_lo, alpha = 0.0, 1.0, slope0, 1.0
+    s, curvature = slope(1.0)
+    slope_hi = s
+    done = s <= -1e-4 * slope0
+    for _ in range(evaluations):
+        newton_step = alpha - s / curvature
+        secant = lo - (hi - lo) * slope_lo / maximum(slope_hi - slope_lo, 1e-30)
+        inside = (newton_step > lo) & (newton_step < hi)
+        alpha = where(done, alpha, where(inside, newton_step, secant))
+        s, curvature = slope(alpha)
+        low = s < 0.0
+        lo, slope_lo = where(low, alpha, lo), where(low, s, slope_lo)
+        hi, slope_hi = where(low, hi, alpha), where(low, slope_hi, s)
+    return alpha
+
+
+# ---------------------------------------------------------------------------------------------------- refusals
+
+def refuse(m, feature, kind=None, index=0):
+    element = ""
+    if kind is not None:
+        name = mujoco.mj_id2name(m, getattr(mujoco.mjtObj, f"mjOBJ_{kind.upper()}"), int(index))
+        element = f" ({kind} {name!r})" if name else f" ({kind} {int(index)})"
+    raise NotImplementedError(f'the fused step does not implement {feature}{element}; backend="mjx" runs it')
+
+
+def check_joints(m):
+    for j in range(m.njnt):
+        if m.jnt_type[j] not in (SLIDE, HINGE):
+            refuse(m, "ball and free joints", "joint", j)
+    for b in np.flatnonzero(m.body_mocapid >= 0):
+        refuse(m, "mocap bodies", "body", b)
+
+
+def check(m):
+    """Raise NotImplementedError for the first thing in `m` that the fused step would get wrong."""
+    check_joints(m)
+    opt, bits = m.opt, mujoco.mjtDisableBit
+    if opt.density or opt.viscosity or opt.wind.any():
+        refuse(m, "fluid forces (option density, viscosity, wind)")
+    if opt.integrator not in (INTEGRATOR.mjINT_EULER, INTEGRATOR.mjINT_RK4, INTEGRATOR.mjINT_IMPLICITFAST):
+        refuse(m, f"the integrator {INTEGRATOR(opt.integrator).name}")
+    if opt.noslip_iterations:
+        refuse(m, "the noslip solver")
+    harmless = (bits.mjDSBL_EQUALITY | bits.mjDSBL_WARMSTART | bits.mjDSBL_ISLAND | bits.mjDSBL_MIDPHASE
+                | bits.mjDSBL_AUTORESET | bits.mjDSBL_MULTICCD | bits.mjDSBL_NATIVECCD)
+    handled = (bits.mjDSBL_CONSTRAINT | bits.mjDSBL_FRICTIONLOSS | bits.mjDSBL_LIMIT | bits.mjDSBL_CONTACT
+               | bits.mjDSBL_GRAVITY | bits.mjDSBL_CLAMPCTRL | bits.mjDSBL_FILTERPARENT)
+    for flags, allowed, enum in ((opt.disableflags, harmless | handled, bits),
+                                 (opt.enableflags, mujoco.mjtEnableBit.mjENBL_ENERGY, mujoco.mjtEnableBit)):
+        for bit in (1 << i for i in range(31)):
+            if flags & ~int(allowed) & bit:
+                refuse(m, f"the option flag {enum(bit).name}")
+    counts = dict(neq="equality constraints", nflex="flexes", nplugin="plugins", npair="explicit contact pairs",
+                  na="actuator activations", nhistory="delays", ngravcomp="gravity compensation",
+                  flg_adhesion="adhesion", flg_surfacevel="surface velocities")
+    kinds = dict(neq="equality", nflex="flex", nplugin="plugin", npair="pair", na="actuator")
+    for field, feature in counts.items():
+        if getattr(m, field, 0):
+            refuse(m, feature, kinds.get(field))
+    per_element = (
+        ("joint", "polynomial stiffness", "jnt_stiffnesspoly"), ("joint", "force limits", "jnt_actfrclimited"),
+        ("tendon", "tendon stiffness", "tendon_stiffness"), ("tendon", "tendon damping", "tendon_damping"),
+        ("tendon", "polynomial tendon stiffness", "tendon_stiffnesspoly"),
+        ("tendon", "polynomial tendon damping", "tendon_dampingpoly"),
+        ("tendon", "tendon friction loss", "tendon_frictionloss"), ("tendon", "tendon armature", "tendon_armature"),
+        ("tendon", "tendon force limits", "tendon_actfrclimited"),
+        ("actuator", "actuator damping", "actuator_damping"), ("actuator", "actuator armature", "actuator_armature"),
+        ("actuator", "polynomial actuator damping", "actuator_dampingpoly"),
+        ("actuator", "gains other than fixed", "actuator_gaintype"),
+        ("actuator", "actuator biases", "actuator_biastype"), ("actuator", "actuator dynamics", "actuator_dyntype"))
+    for kind, feature, field in per_element:
+        for i, value in enumerate(getattr(m, field, ())):
+            if np.any(value):
+                refuse(m, feature, kind, i)
+    for d in range(m.nv):
+        if np.any(getattr(m, "dof_dampingpoly", np.zeros(m.nv))[d]):
+            refuse(m, "polynomial damping", "joint", m.dof_jntid[d])
+    for i in range(m.nu):
+        target, transmission = m.actuator_trnid[i, 0], m.actuator_trntype[i]
+        fixed = transmission == TRN.mjTRN_TENDON and m.wrap_type[m.tendon_adr[target]] == WRAP.mjWRAP_JOINT
+        if transmission != TRN.mjTRN_JOINT and not fixed:
+            refuse(m, "transmissions other than joints and fixed tendons", "actuator", i)
+    for t in range(m.ntendon):
+        wraps = m.wrap_type[m.tendon_adr[t]:m.tendon_adr[t] + m.tendon_num[t]]
+        if not np.isin(wraps, (WRAP.mjWRAP_JOINT, WRAP.mjWRAP_SITE)).all():
+            refuse(m, "tendon pulleys and wrapping", "tendon", t)
+    for kind, limited, span, margin in (("joint", m.jnt_limited, m.jnt_range, m.jnt_margin),
+                                        ("tendon", m.tendon_limited, m.tendon_range, m.tendon_margin)):
+        for i in np.flatnonzero(limited):
+            if span[i, 1] - span[i, 0] < 2 * margin[i]:
+                refuse(m, "limits whose two sides are active together", kind, i)
+    for i in np.flatnonzero(m.sensor_type == mujoco.mjtSensor.mjSENS_TOUCH):
+        if m.site_type[m.sensor_objid[i]] not in (SPHERE, int(GEOM.mjGEOM_ELLIPSOID)):
+            refuse(m, "touch zones other than spheres and ellipsoids", "sensor", i)
+        if m.sensor_cutoff[i]:
+            refuse(m, "cutoffs of touch sensors", "sensor", i)
+    check_contacts(m, contact_pairs(m))
+
+
+def check_contacts(m, pairs):
+    """Contacts must lie in the x-z plane, between planes, spheres and capsules, with sliding friction only."""
+    d = mujoco.MjData(m)
+    mujoco.mj_kinematics(m, d)
+    for pair in pairs:
+        for g in pair:
+            kind, axis = m.geom_type[g], d.geom_xmat[g].reshape(3, 3)[:, 2]
+            if kind not in (PLANE, SPHERE, CAPSULE):
+                refuse(m, f"collisions of type {GEOM(kind).name}", "geom", g)
+            if m.geom_condim[g] != 3:
+                refuse(m, f"condim {m.geom_condim[g]} (only 3)", "geom", g)
+            if m.geom_gap[g]:
+                refuse(m, "contact gaps", "geom", g)
+            b = m.geom_bodyid[g]
+            while b:
+                for j in range(m.body_jntadr[b], m.body_jntadr[b] + m.body_jntnum[b]):
+                    along = abs(d.xaxis[j, 1])
+                    if along > 1e-12 if m.jnt_type[j] == SLIDE else along < 1 - 1e-12:
+                        refuse(m, "contacts of bodies that leave the x-z plane", "joint", j)
+                b = m.body_parentid[b]
+            if kind != SPHERE and abs(axis[1]) > 1e-12:
+                refuse(m, "contact tangents outside the x-z plane", "geom", g)
+        g1, g2 = pair
+        if m.geom_type[g1] == PLANE == m.geom_type[g2]:
+            refuse(m, "collisions between planes", "geom", g1)
+        if m.geom_type[g1] != PLANE and abs(d.geom_xpos[g1, 1] - d.geom_xpos[g2, 1]) > 1e-12:
+            refuse(m, "contact normals outside the x-z plane", "geom", g2)
+        if contact_parameters(m, g1, g2)[0] < 1e-5:
+            refuse(m, "contacts without friction", "geom", g1)
+
+
+# -------------------------------------------------------------------------------------------------- public API
+
+def make_step(model, substeps=1, backend="fused"):
+    """Compile `model` into one control step.
+
+    Args:
+      model: compiled `mujoco.MjModel`; its constants are read now, later changes to it are not seen.
+      substeps: physics steps of `model.opt.timestep` seconds in a control step.
+      backend: "fused" (this file) or "mjx" (MuJoCo's JAX port: slower, covers more models).
+
+    Returns:
+      step(qpos (nq,), qvel (nv,), ctrl (nu,), wrap_prm=None) -> (qpos (nq,), qvel (nv,), touch (n_touch,)), in
+      the dtype of `qpos` (float32, or float64 under x64), jitted and unbatched: use `jax.vmap`. `ctrl` is
+      clipped to its range as MuJoCo does. `touch` are the normal forces (newtons) of the touch sensors in
+      model order, as dm_control shows them after `Physics.step`: those of the last substep, before it is
+      integrated. `wrap_prm` (nwrap,) replaces `model.wrap_prm` (coefficients of fixed tendons) by traced values.
+
+    Raises:
+      NotImplementedError: names the feature and the element that the fused step lacks.
+      ValueError: unknown backend.
+    """
+    if backend == "mjx":
+        return make_mjx_step(model, substeps)
+    if backend != "fused":
+        raise ValueError(f'backend must be "fused" or "mjx", not {backend!r}')
+    m = model
+    check(m)
+    pairs = merge_copies(m, contact_pairs(m))
+    touch = m.sensor_objid[m.sensor_type == mujoco.mjtSensor.mjSENS_TOUCH]
+    h = float(m.opt.timestep)
+
+    @jax.jit
+    def step(qpos, qvel, ctrl, wrap_prm=None):
+        dtype = qpos.dtype
+        scalars = lambda array: [Num(array[i].astype(dtype)) for i in range(array.shape[0])]
+        wraps = const(m.wrap_prm) if wrap_prm is None else scalars(wrap_prm)
+        tau = actuation(m, scalars(ctrl), wraps)
+
+        def forward(q, v):
+            """Constrained acceleration (nv,), mass matrix (nv, nv) and touch forces."""
+            tree = forward_tree(m, q, v)
+            M, bias = inertia_and_bias(m, tree)
+            force = [tau[d] - bias[d] - float(m.dof_damping[d]) * v[d] for d in range(m.nv)]
+            for j in np.flatnonzero(m.jnt_stiffness):
+                d, i = m.jnt_dofadr[j], m.jnt_qposadr[j]
+                force[d] = force[d] - float(m.jnt_stiffness[j]) * (q[i] - float(m.qpos_spring[i]))
+            M, force = settle(M), settle(force)
+            a = solve(factor(M), force)
+            forces = [0.0] * len(touch)
+            if not m.opt.disableflags & mujoco.mjtDisableBit.mjDSBL_CONSTRAINT:
+                contacts = contact_rows(m, tree, v, pairs, touch)
+                a = constrain(M, a, scalar_rows(m, tree, q, v, wraps) + contacts, dtype)
+                for contact, y in ((c, group.coordinates(a)) for group in contacts for c in group.members):
+                    for k, inside in contact.zone.items():
+                        normal = -contact.gradient(residual(contact, y))[0]
+                        forces[k] = forces[k] + where(inside, normal, 0.0)
+            return a, M, forces
+
+        def euler(q, v):
+            a, M, forces = forward(q, v)
+            if m.dof_damping.any():
+                a = solve(factor(M + const(np.diag(h * m.dof_damping))), M @ a)
+            v = v + a * h
+            return q + v * h, v, forces
+
+        def runge_kutta(q, v):
+            a, _, forces = forward(q, v)
+            stages, rates = [v], [a]
+            for c in (0.5, 0.5, 1.0):
+                stages.append(v + rates[-1] * (c * h))
+                rates.append(forward(q + stages[-2] * (c * h), stages[-1])[0])
+            mean = lambda xs: (xs[0] + 2.0 * xs[1] + 2.0 * xs[2] + xs[3]) * (h / 6)
+            return q + mean(stages), v + mean(rates), forces
+
+        integrate = runge_kutta if m.opt.integrator == INTEGRATOR.mjINT_RK4 else euler
+
+        def substep(_, state):
+            q, v = (np.array([Num(x) for x in part], object) for part in state[:2])
+            return tuple(tuple(jnp.asarray(raw(x, dtype)) for x in part) for part in integrate(q, v))
+
+        state = tuple(tuple(x.x for x in scalars(array)) for array in (qpos, qvel))
+        state += ((jnp.zeros((), dtype),) * len(touch),)
+        state = substep(0, state) if substeps == 1 else lax.fori_loop(0, substeps, substep, state)
+        return tuple(jnp.stack(part) if part else jnp.zeros(0, dtype) for part in state)
+
+    return step
+
+
+def actuation(m, ctrl, wrap_prm):
+    """Generalised forces (nv,) of motors at joints and fixed tendons: constant during a control step."""
+    tau = zeros(m.nv)
+    for i in range(m.nu):
+        u = ctrl[i]
+        if m.actuator_ctrllimited[i] and not m.opt.disableflags & mujoco.mjtDisableBit.mjDSBL_CLAMPCTRL:
+            u = clip(u, *map(float, m.actuator_ctrlrange[i]))
+        force = u * float(m.actuator_gainprm[i, 0])
+        if m.actuator_forcelimited[i]:
+            force = clip(force, *map(float, m.actuator_forcerange[i]))
+        force, target = force * float(m.actuator_gear[i, 0]), m.actuator_trnid[i, 0]
+        if m.actuator_trntype[i] == mujoco.mjtTrn.mjTRN_JOINT:
+            moment = {m.jnt_dofadr[target]: 1.0}
+        else:
+            _, moment = tendon(m, None, [0.0] * m.nq, target, wrap_prm)
+        for d, c in moment.items():
+            tau[d] = tau[d] + force * c
+    return tau
+
+
+class Kinematics(NamedTuple):
+    xpos: jax.Array       # (nbody, 3) body origins, world frame, metres
+    xmat: jax.Array       # (nbody, 3, 3) body orientations
+    geom_xpos: jax.Array  # (ngeom, 3)
+    site_xpos: jax.Array  # (nsite, 3)
+
+
+def make_kinematics(model):
+    """kinematics(qpos (nq,)) -> `Kinematics`, in the dtype of `qpos`; outputs that are not used cost nothing.
+
+    Raises NotImplementedError for ball and free joints.
+    """
+    m = model
+    check_joints(m)
+
+    def kinematics(qpos):
+        dtype = qpos.dtype
+        tree = forward_tree(m, [Num(qpos[i]) for i in range(m.nq)])
+        stack = lambda values, *shape: jnp.stack(
+            [jnp.asarray(raw(x, dtype), dtype) for x in np.ravel(values)] or [jnp.zeros(0, dtype)]).reshape(shape)
+        geoms = [tree.pos[b] + tree.mat[b] @ const(p) for b, p in zip(m.geom_bodyid, m.geom_pos)]
+        sites = [point(m, tree, s) for s in range(m.nsite)]
+        return Kinematics(stack(tree.pos, m.nbody, 3), stack(tree.mat, m.nbody, 3, 3),
+                          stack(geoms, m.ngeom, 3), stack(sites, m.nsite, 3))
+
+    return kinematics
+
+
+def make_min_distance(model):
+    """min_distance(qpos (nq,)) -> () metres: the smallest distance, less its margin, of the pairs that can collide.
+
+    MuJoCo's `ncon == 0` is `min_distance >= 0`; infinite when no pair can collide. Raises as `make_step`.
+    """
+    m = model
+    check_joints(m)
+    pairs = contact_pairs(m)
+    check_contacts(m, pairs)
+
+    def min_distance(qpos):
+        tree, smallest = forward_tree(m, [Num(qpos[i]) for i in range(m.nq)]), math.inf
+        for g1, g2 in pairs:
+            margin = contact_parameters(m, g1, g2)[3]
+            for distance, _, _ in proximity(m, tree, g1, g2):
+                smallest = minimum(smallest, distance - margin)
+        return jnp.asarray(raw(smallest, qpos.dtype), qpos.dtype)
+
+    return min_distance
+
+
+def make_mjx_step(model, substeps):
+    """`make_step` on MuJoCo's JAX port, with the same options (its energy flag, which it refuses, cleared)."""
+    import copy
+
+    from mujoco import mjx
+    model = copy.copy(model)
+    model.opt.enableflags &= ~int(mujoco.mjtEnableBit.mjENBL_ENERGY)
+    m = mjx.put_model(model)
+    adr = model.sensor_adr[model.sensor_type == mujoco.mjtSensor.mjSENS_TOUCH]
+    blank = mjx.make_data(model)
+
+    @jax.jit
+    def step(qpos, qvel, ctrl, wrap_prm=None):
+        dtype = qpos.dtype
+        changed = m if wrap_prm is None else m.replace(wrap_prm=wrap_prm)
+        d = jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, blank)
+        d = d.replace(qpos=qpos, qvel=qvel.astype(dtype), ctrl=ctrl.astype(dtype))
+        d = lax.fori_loop(0, substeps, lambda _, d: mjx.step(changed, d), d)
+        return d.qpos, d.qvel, d.sensordata[adr]
+
+    return step
