@@ -1,0 +1,604 @@
+"""Tests of envs.py: models, dynamics, rewards and starts against dm_control; adapters; projections and trials."""
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("MUJOCO_GL", "disable")  # before dm_control is imported: nothing is rendered
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import gymnax
+import jax
+import jax.numpy as jnp
+import mujoco
+import numpy as np
+import pytest
+
+import envs
+
+ROOT = Path(__file__).parent.parent
+TASKS = tuple(envs.TASKS)
+KEY = jax.random.PRNGKey(0)
+
+
+@functools.cache
+def dm_env(task, seed=0):
+    suite = pytest.importorskip("dm_control.suite")
+    return suite.load(*task.split("-"), task_kwargs={"random": seed})
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Models
+# ---------------------------------------------------------------------------------------------------------
+FIELDS = {
+    "body": "parent weld pos quat ipos iquat mass inertia invweight0 subtreemass gravcomp",
+    "jnt": "type body pos axis limited range stiffness margin solref solimp actfrclimited actgravcomp",
+    "geom": "type body size pos quat friction margin gap solref solimp solmix condim contype conaffinity priority",
+    "site": "type body size pos quat",
+    "actuator": "trntype trnid gear ctrllimited ctrlrange forcelimited gaintype gainprm biastype biasprm dyntype",
+    "tendon": "limited range solref_lim solimp_lim solref_fri solimp_fri margin stiffness damping frictionloss "
+              "invweight0 length0 lengthspring",
+    "sensor": "type objtype cutoff",
+}
+DOF_FIELDS = "damping armature frictionloss invweight0 M0 solref solimp"
+OPTIONS = ("timestep integrator cone gravity wind density viscosity solver iterations ls_iterations tolerance "
+           "ls_tolerance noslip_iterations impratio disableflags disableactuator o_margin o_solref o_solimp")
+UNREAD_SITES, UNREACHED_GEOMS = {"tip", "target"}, {"ground", "proximal_decoration", "spinner_decoration"}
+KINDS = {"jnt": "joint"}
+
+
+def names_of(model, kind):
+    kind = getattr(mujoco.mjtObj, f"mjOBJ_{KINDS.get(kind, kind).upper()}")
+    count = sum(1 for i in range(200) if mujoco.mj_id2name(model, kind, i) is not None)
+    return {mujoco.mj_id2name(model, kind, i): i for i in range(200 if count else 0)
+            if mujoco.mj_id2name(model, kind, i) is not None}
+
+
+def element(model, kind, index):
+    """{field: value} of one element, references to bodies by name."""
+    body = lambda i: mujoco.mj_id2name(model, mujoco.mjtObj.mjOBJ_BODY, i)  # noqa: E731
+    out = {}
+    for field in FIELDS[kind].split():
+        if field in ("body", "parent", "weld"):
+            out[field] = body(getattr(model, f"{kind}_{field}id")[index])
+        else:
+            out[field] = np.array(getattr(model, f"{kind}_{field}")[index])
+    if kind == "jnt":
+        dof, q = model.jnt_dofadr[index], model.jnt_qposadr[index]
+        out |= {field: np.array(getattr(model, f"dof_{field}")[dof]) for field in DOF_FIELDS.split()}
+        out |= {"qpos0": model.qpos0[q], "qpos_spring": model.qpos_spring[q], "address": (dof, q)}
+    return out
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_model_equals_dm_control(task):
+    """Every compiled field that physics reads: elements by name, joints and actuators also in order."""
+    theirs_env = dm_env(task)
+    theirs_env.reset()  # the spin task writes a damping at the first reset
+    theirs, ours = theirs_env.physics.model.ptr, envs.DMC(task).model
+    contacts = not theirs.opt.disableflags & mujoco.mjtDisableBit.mjDSBL_CONTACT
+    checked = 0
+    for kind in FIELDS:
+        have, want = names_of(ours, kind), names_of(theirs, kind)
+        if kind == "geom":  # masses, inertias and frames are compared per body; here: what can collide
+            want = {n: i for n, i in want.items() if contacts and theirs.geom_contype[i]
+                    and not (task.startswith("finger") and n in UNREACHED_GEOMS)}
+            have = {n: i for n, i in have.items() if contacts}
+        elif kind == "site":
+            want = {n: i for n, i in want.items() if task.startswith(("ball", "finger")) and n not in UNREAD_SITES}
+        elif kind == "sensor":
+            want = {n: i for n, i in want.items() if theirs.sensor_type[i] == mujoco.mjtSensor.mjSENS_TOUCH}
+        assert list(have) == list(want), kind
+        for name in have:
+            a, b = element(ours, kind, have[name]), element(theirs, kind, want[name])
+            if kind == "site" and name in ("ball", "cup"):
+                del a["size"], b["size"]  # ends of the string: points
+            if kind == "actuator":
+                a["trnid"], b["trnid"] = a["trnid"][0], b["trnid"][0]
+            for field in a:
+                if np.asarray(a[field]).dtype.kind in "US":
+                    assert a[field] == b[field], (kind, name, field)
+                else:
+                    np.testing.assert_allclose(a[field], b[field], rtol=1e-12, atol=1e-14,
+                                               err_msg=f"{kind} {name} {field}")
+                checked += 1
+    for field in OPTIONS.split():
+        np.testing.assert_allclose(getattr(ours.opt, field), getattr(theirs.opt, field), err_msg=field)
+    np.testing.assert_allclose(ours.wrap_prm, theirs.wrap_prm if task != "point_mass-hard" else [1, 0, 0, 1])
+    np.testing.assert_array_equal(ours.wrap_type, theirs.wrap_type)
+    np.testing.assert_allclose(ours.stat.meaninertia, theirs.stat.meaninertia, rtol=1e-12)
+    assert ours.npair == theirs.npair == 0 and ours.nexclude == theirs.nexclude == 0 and ours.neq == theirs.neq == 0
+    assert checked > 50
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Steps, rewards and starts against dm_control
+# ---------------------------------------------------------------------------------------------------------
+def extras(task, physics):
+    """The task's per-episode values in dm_control's model, by the names of DMCState."""
+    model = physics.named.model
+    if task.startswith("finger-turn"):
+        return {"target": np.array(model.site_pos["target", ["x", "z"]]) - [0.2, 0.4]}
+    if task.startswith("reacher"):
+        return {"target": np.array(model.geom_pos["target", ["x", "y"]])}
+    return {"wrap_prm": physics.model.wrap_prm.copy()} if task == "point_mass-hard" else {}
+
+
+def reward_near(task, physics, rng):
+    """Moves dm_control to where the task pays, so that rewards are compared where they vary."""
+    q, v, model = physics.data.qpos, physics.data.qvel, physics.named.model
+    with physics.reset_context():
+        if task == "ball_in_cup-catch":
+            q[:] = [0, 0, rng.uniform(-0.01, 0.01), 0.355]
+        elif task.startswith("finger-turn"):
+            angle = -q[2] + rng.uniform(-0.3, 0.3)
+            model.site_pos["target", ["x", "z"]] = 0.2 + 0.13 * np.sin(angle), 0.4 + 0.13 * np.cos(angle)
+        elif task == "finger-spin":
+            v[2] = -16.0
+        elif task.startswith("reacher"):
+            tip = physics.named.data.geom_xpos["finger", ["x", "y"]]
+            model.geom_pos["target", ["x", "y"]] = tip + rng.uniform(-0.02, 0.02, 2)
+        else:
+            q[:] = rng.uniform(-0.03, 0.03, len(q))
+
+
+@functools.cache
+def transitions(task):
+    """Recorded transitions of dm_control: dict of (T, ...) float64 arrays; the first 1000 are one whole episode."""
+    env, rng, out = dm_env(task, seed=1), np.random.default_rng(2), []
+    nu, physics = env.physics.model.nu, env.physics
+
+    def run(steps, actions):
+        for t in range(steps):
+            before = {"qpos": physics.data.qpos.copy(), "qvel": physics.data.qvel.copy()} | extras(task, physics)
+            step = env.step(actions(t))
+            obs = np.concatenate([np.ravel(x) for x in step.observation.values()])
+            out.append(before | {"action": np.array(physics.data.ctrl), "obs": obs, "reward": float(step.reward)})
+            assert step.last() == (len(out) == 1000) and step.discount == 1.0
+
+    held = np.zeros(nu)
+
+    def random_or_bang(t):  # alternates; beyond the limits too, which the actuators clip
+        if t // 100 % 2 == 0:
+            return rng.uniform(-1.3, 1.3, nu)
+        if t % 10 == 0:
+            held[:] = rng.choice([-1.0, 1.0], nu)
+        return held
+
+    env.reset()
+    run(1000, random_or_bang)
+    for _ in range(10):
+        env.reset()
+        reward_near(task, physics, rng)
+        run(30, lambda t: rng.uniform(-0.3, 0.3, nu))
+    return {k: np.array([x[k] for x in out]) for k in out[0]}
+
+
+def our_step(task, data):
+    """Observations and rewards of our step from dm_control's states and actions."""
+    env, params = envs.make(task)
+    state = {k: jnp.asarray(data[k]) for k in ("qpos", "qvel", "target", "wrap_prm") if k in data}
+    count = len(data["obs"])
+    touch = jnp.zeros((count, 2)) if task.startswith("finger") else None
+    state = envs.DMCState(**state, time=jnp.zeros(count, jnp.int32), touch=touch)
+    step = jax.jit(jax.vmap(env.step_env, (None, 0, 0, None)))
+    obs, after, reward, terminated, _ = step(KEY, state, jnp.asarray(data["action"]), params)
+    assert obs.dtype == reward.dtype == jnp.float32 and not terminated.any()
+    return np.array(obs), np.array(reward)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_step_equals_dm_control(task):
+    """Next observation and reward from the same state and action, in float64 and in float32 arithmetic.
+
+    Observations leave in float32, so the float64 bound is float32's rounding. C joins or splits a contact of two
+    parallel capsules (a state in thousands), hence percentiles.
+    """
+    data = transitions(task)
+    assert data["obs"].shape[1] == envs.TASKS[task].obs_dim
+    assert data["reward"].std() > 0.01, "the transitions do not exercise the reward"
+    if task.startswith("finger"):
+        assert (data["obs"][:, 7:9] > 0.5).any(0).all(), "the transitions do not exercise touch"
+    with jax.enable_x64(True):
+        precise = our_step(task, data)
+    for (obs, reward), bound, name in ((precise, 1e-6, "float64"), (our_step(task, data), 1e-3, "float32")):
+        error = (np.abs(obs - data["obs"]) / (1 + np.abs(data["obs"]))).max(1)
+        reward_error = np.abs(reward - data["reward"])
+        print(f"{task} {name}: p99.8 {np.quantile(error, 0.998):.1e} max {error.max():.1e} "
+              f"reward {np.quantile(reward_error, 0.998):.1e} {reward_error.max():.1e}")
+        assert np.quantile(error, 0.998) < bound and np.quantile(reward_error, 0.998) < bound
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_starts_distributed_as_in_dm_control(task):
+    """Two-sample Kolmogorov-Smirnov test of every coordinate of state, observation and target."""
+    stats = pytest.importorskip("scipy.stats")
+    theirs_env, theirs = dm_env(task, seed=3), []
+    for _ in range(600):
+        obs = theirs_env.reset().observation
+        physics = theirs_env.physics
+        theirs.append({"qpos": physics.data.qpos.copy(), "qvel": physics.data.qvel.copy(),
+                       "obs": np.concatenate([np.ravel(x) for x in obs.values()])} | extras(task, physics))
+        assert physics.data.ncon == 0
+    theirs = {k: np.array([x[k] for x in theirs]) for k in theirs[0]}
+    env, params = envs.make(task)
+    obs, state = jax.jit(jax.vmap(env.reset_env, (0, None)))(jax.random.split(KEY, 2000), params)
+    assert (np.array(jax.vmap(env.min_distance)(state.qpos)) >= 0).all() and not np.array(state.time).any()
+    ours = {"obs": obs} | {k: getattr(state, k) for k in theirs if k != "obs"}
+    if "wrap_prm" in theirs:  # how the two directions lie to one another
+        for x in (ours, theirs):
+            x["cosine"] = (x["wrap_prm"][:, :2] * x["wrap_prm"][:, 2:]).sum(1, keepdims=True)
+        assert np.abs(ours["cosine"]).max() <= 0.9 + 1e-6
+    for name in theirs:
+        for k in range(theirs[name].shape[1]):
+            a, b = (np.round(np.array(x[name][:, k], np.float64), 6) + 0.0 for x in (ours, theirs))
+            assert stats.ks_2samp(a, b).pvalue > 1e-4, (name, k)
+
+
+def test_time_limit_through_gymnax_step():
+    """1000 steps, then truncation with the final observation in info and a fresh state; never termination."""
+    env, params = envs.make("dmc:pendulum-swingup")
+
+    def step(carry, key):
+        obs, state = carry
+        obs, state, reward, terminated, truncated, info = env.step(key, state, jnp.zeros(1), params)
+        return (obs, state), (obs, reward, terminated, truncated, info["final_observation"], state.time)
+
+    obs, _, terminated, truncated, final, time = jax.lax.scan(step, env.reset(KEY, params),
+                                                              jax.random.split(KEY, 2000))[1]
+    assert not terminated.any() and list(np.flatnonzero(truncated)) == [999, 1999]
+    assert time[998] == 999 and time[999] == 0
+    same = (np.array(obs) == np.array(final)).all(1)
+    assert same[:999].all() and not same[999]
+    for task in TASKS:
+        assert envs.make(task)[1].max_steps_in_episode == 1000 and dm_env(task)._step_limit == 1000
+
+
+def test_runs_without_dm_control():
+    """envs.py steps a task when dm_control cannot be imported."""
+    code = ("import sys; sys.modules['dm_control'] = None\n"
+            "import envs, jax\n"
+            "lanes = envs.Lanes(['pendulum-swingup', 'ball_in_cup-catch'], 4)\n"
+            "state, inputs = lanes.reset(jax.random.PRNGKey(0))\n"
+            "state, inputs, out = jax.jit(lanes.step)(state, jax.numpy.zeros((4, 2)), 0)\n"
+            "assert out.reward.shape == (4,) and not any(m.startswith('dm_control.') for m in sys.modules)\n"
+            "assert 'brax' not in sys.modules\n")
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
+
+
+def test_mjx_backend_agrees():
+    env, params = envs.make("point_mass-hard", backend="mjx")
+    fused, _ = envs.make("point_mass-hard")
+    obs, state = jax.vmap(env.reset_env, (0, None))(jax.random.split(KEY, 8), params)
+    action = jax.random.uniform(KEY, (8, 2), minval=-1, maxval=1)
+    results = [jax.jit(jax.vmap(e.step_env, (None, 0, 0, None)))(KEY, state, action, params) for e in (env, fused)]
+    np.testing.assert_allclose(results[0][0], results[1][0], atol=1e-5)
+    np.testing.assert_allclose(results[0][2], results[1][2], atol=1e-4)
+    assert np.abs(np.array(results[0][0][:, 2:])).max() > 1e-4
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Names and adapters
+# ---------------------------------------------------------------------------------------------------------
+def test_make_names():
+    assert envs.TRAIN_TASKS == ("ball_in_cup-catch", "cartpole-swingup", "finger-spin", "finger-turn_hard",
+                                "point_mass-easy", "reacher-easy")
+    assert envs.HELD_OUT_TASKS == ("cartpole-balance", "finger-turn_easy", "pendulum-swingup", "point_mass-hard",
+                                   "reacher-hard")
+    assert envs.make("dmc:reacher-easy")[0].name == envs.make("reacher-easy")[0].name == "dmc:reacher-easy"
+    for wrong, nearest in (("finger_spin", "finger-spin"), ("dmc:reacher", "dmc:reacher-"), ("Cartpole-v1", "CartPole-v1"),
+                           ("walker-walk", "nearest")):
+        with pytest.raises(ValueError, match=nearest):
+            envs.make(wrong)
+    with pytest.raises(TypeError, match="no_such"):
+        envs.make("CartPole-v1", no_such=3)
+    with pytest.raises(TypeError, match="no_such"):
+        envs.make("finger-spin", no_such=3)
+    assert envs.make("finger-spin", max_steps_in_episode=7)[1].max_steps_in_episode == 7
+    env, params = envs.make("MemoryChain-bsuite", memory_length=9, num_bits=2)  # a parameter and an argument
+    assert params.memory_length == 9 and env.num_bits == 2
+
+
+@pytest.mark.parametrize("name", [n for n in gymnax.registered_envs if not n.startswith("MNIST")])
+def test_every_gymnax_name_has_lanes(name):
+    """Shapes and dtypes by abstract evaluation: the step's state can be scanned. (MNIST would need a data set.)"""
+    lanes = envs.Lanes([name], 4, projection="none")
+    state, inputs = jax.eval_shape(lanes.reset, KEY)
+    assert inputs.shape == (4, lanes.input_size) and inputs.dtype == jnp.float32
+    action = jax.ShapeDtypeStruct(*(((4,), jnp.int32) if lanes.discrete else ((4, lanes.action_size), jnp.float32)))
+    again, inputs, out = jax.eval_shape(lanes.step, state, action)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(lambda x: (x.shape, x.dtype), again)
+    assert inputs.shape == out.final_input.shape == (4, lanes.input_size)
+
+
+def rollout(lanes, steps, policy=None, state=None, key=KEY, start=0):
+    """Runs lanes from reset (or state). policy(key, inputs) -> action; uniform by default.
+
+    Returns the last state and a dict of numpy arrays (steps, N, ...): the LaneStep's fields, action, and input,
+    what the agent saw when it acted; plus qpos (if there) of the first task's state before the step.
+    """
+    if state is None:
+        state = lanes.reset(key)[0]
+
+    def uniform(key, inputs):
+        if lanes.discrete:
+            return jax.random.randint(key, (lanes.num_lanes,), 0, lanes.action_size)
+        return jax.random.uniform(key, (lanes.num_lanes, lanes.action_size), minval=-1.5, maxval=1.5)
+
+    def step(state, t):
+        action = (policy or uniform)(jax.random.fold_in(key, t), state.input)
+        new, inputs, out = lanes.step(state, action, t)
+        record = out._asdict() | {"input": state.input, "action": action, "obs_matrix": state.obs_matrix,
+                                  "act_matrix": state.act_matrix, "qpos": getattr(state.env[0], "qpos", None)}
+        return new, record
+
+    state, out = jax.jit(lambda s: jax.lax.scan(step, s, start + jnp.arange(steps)))(state)
+    return state, jax.tree.map(np.array, out)
+
+
+def test_memory_chain_lanes():
+    """memory_length is honoured, and a policy that remembers earns 1 in every episode."""
+    lanes = envs.Lanes(["MemoryChain-bsuite"], 16, projection="none", obs_transform="none", stagger=False,
+                       env_kwargs={"memory_length": 3})
+    assert lanes.discrete and lanes.action_size == 2 and lanes.input_size == 3 + 2 + 3
+    state, inputs = lanes.reset(KEY)
+    starts = []
+    for t in range(12):
+        if t % 4 == 0:
+            first = inputs
+            starts.append(np.array(inputs[:, 2]))
+        action = (first[:, 2] > 0).astype(jnp.int32)
+        state, inputs, out = lanes.step(state, action, t)
+        assert bool(out.terminated.all()) == bool(out.episode_end.any()) == (t % 4 == 3) and not out.truncated.any()
+        np.testing.assert_array_equal(inputs[:, 3:5], 0 if t % 4 == 3 else jax.nn.one_hot(action, 2))
+        if t % 4 == 3:
+            np.testing.assert_array_equal(out.episode_return, 1.0)
+    assert np.unique(starts).tolist() == [-1, 1] and (starts[0] != starts[1]).any() and (starts[1] != starts[2]).any()
+
+
+def test_cartpole_v1_resets_are_fresh():
+    """Short episodes end by termination, and no two of them start from the same state."""
+    lanes = envs.Lanes(["CartPole-v1"], 8, projection="none", stagger=False)
+    _, out = rollout(lanes, 150)
+    assert out["terminated"].sum() > 30 and not out["truncated"].any()
+    starts = out["input"][out["input"][..., -1] == 1]
+    assert len(np.unique(starts, axis=0)) == len(starts)
+    assert (out["episode_return"][out["terminated"]] >= 8).all()
+    np.testing.assert_array_equal(out["input"][1:, :, -1], out["episode_end"][:-1])  # one episode is one trial
+
+
+def test_pendulum_v1_truncates():
+    lanes = envs.Lanes(["Pendulum-v1"], 4, projection="none", obs_transform="none", stagger=False,
+                       env_kwargs={"max_steps_in_episode": 20})
+    assert lanes.max_episode_steps == lanes.trial_length == 20
+    _, out = rollout(lanes, 60)
+    assert not out["terminated"].any()
+    assert list(np.flatnonzero(out["truncated"].all(1))) == [19, 39, 59] and out["truncated"].sum() == 12
+    obs = out["input"][..., :3]
+    np.testing.assert_allclose(obs[..., 0] ** 2 + obs[..., 1] ** 2, 1, atol=1e-5)
+    angle = np.arctan2(obs[..., 1], obs[..., 0])  # the pendulum's own equation links final input and last input
+    final = out["final_input"][..., :3]
+    turned = np.arctan2(final[..., 1], final[..., 0]) - angle
+    np.testing.assert_allclose((turned + np.pi) % (2 * np.pi) - np.pi, 0.05 * final[..., 2], atol=1e-4)
+    scaled = envs.Lanes(["Pendulum-v1"], 4, projection="identity", action_size=1)  # torque in [-2, 2]
+    np.testing.assert_allclose(scaled._control(jnp.ones((4, 1, 1)), jnp.array([[-3.0], [-0.5], [0.5], [9.0]]))[:, 0],
+                               [-2, -1, 1, 2])
+
+
+def test_brax_adapter():
+    pytest.importorskip("brax")
+    with pytest.raises(ValueError, match="brax:ant"):
+        envs.make("brax:amt")
+    lanes = envs.Lanes(["brax:inverted_pendulum"], 3, projection="none", env_kwargs={"max_steps_in_episode": 8},
+                       stagger=False, backend="spring")
+    assert lanes.input_size == 4 + 1 + 3 and not lanes.discrete
+    state, out = rollout(lanes, 17)
+    assert np.isfinite(out["input"]).all() and out["episode_end"].any()
+    assert not (out["terminated"] & out["truncated"]).any()
+    assert (out["reward"] == 1).any()
+    env, params = envs.make("brax:ant", backend="positional")
+    shapes = jax.eval_shape(env.step, KEY, jax.eval_shape(env.reset, KEY, params)[1], jnp.zeros(8), params)
+    assert shapes[0].shape == (27,) and params.max_steps_in_episode == 1000
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Lanes
+# ---------------------------------------------------------------------------------------------------------
+def symlog(x):
+    return np.sign(x) * np.log1p(np.abs(x))
+
+
+@pytest.mark.parametrize("projection", ["gaussian", "orthogonal", "rademacher", "identity"])
+def test_projection_matrices(projection):
+    """Scale, structure, and the independence of the two matrices, of lanes and of draws."""
+    lanes = envs.Lanes(["point_mass-easy", "reacher-easy"], 4000, projection=projection)
+    start = jax.jit(lanes._draw)(KEY)
+    obs, act = np.array(start.obs_matrix), np.array(start.act_matrix)
+    assert obs.shape == (4000, 12, 6) and act.shape == (4000, 2, 2)
+    assert not obs[:2000, :, 4:].any()  # point_mass observes 4 numbers
+    for block, dim in ((obs[:2000, :, :4], 4), (obs[2000:], 6), (act, 2)):
+        if projection == "identity":
+            np.testing.assert_array_equal(block, np.broadcast_to(np.eye(*block.shape[1:]), block.shape))
+            continue
+        np.testing.assert_allclose(block.mean(0), 0, atol=4.5 / np.sqrt(dim * len(block)))
+        np.testing.assert_allclose(block.var(0), 1 / dim, rtol=0.2)
+        if projection == "rademacher":
+            np.testing.assert_allclose(np.abs(block), 1 / np.sqrt(dim), rtol=1e-6)
+        if projection == "orthogonal":
+            gram = np.einsum("nij,nik->njk", block, block) * dim / block.shape[1]
+            np.testing.assert_allclose(gram, np.broadcast_to(np.eye(dim), gram.shape), atol=1e-5)
+    if projection != "identity":
+        flat = np.concatenate([obs[2000:].reshape(2000, -1), act[2000:].reshape(2000, -1)], 1)
+        across = np.corrcoef(flat.T)[:72, 72:]
+        assert np.abs(across).max() < 0.1, "the two matrices are correlated"
+        again = np.array(jax.jit(lanes._draw)(jax.random.PRNGKey(1)).obs_matrix)
+        assert abs(np.corrcoef(obs[2000:].ravel(), again[2000:].ravel())[0, 1]) < 0.02
+        assert abs(np.corrcoef(obs[2000:3000].ravel(), obs[3000:].ravel())[0, 1]) < 0.02
+
+
+def test_lane_is_the_projected_environment():
+    """A lane's input and motion are those of the bare environment behind its two matrices."""
+    lanes = envs.Lanes(["point_mass-hard", "pendulum-swingup"], 6, delta=True)
+    assert lanes.input_size == 12 + 2 + 3 + 12 and lanes.action_size == 2 and not lanes.discrete
+    np.testing.assert_array_equal(lanes.lane_task, [0, 0, 0, 1, 1, 1])
+    state, inputs = lanes.reset(KEY)
+    assert inputs.dtype == jnp.float32
+    for i, (env, params) in enumerate(zip(lanes.envs, lanes.params)):
+        rows, obs_dim, act_dim = slice(3 * i, 3 * i + 3), lanes.obs_dims[i], lanes.act_dims[i]
+        obs_matrix = np.array(state.obs_matrix)[rows, :, :obs_dim]
+        act_matrix = np.array(state.act_matrix)[rows, :act_dim]
+        assert not np.array(state.act_matrix)[rows, act_dim:].any()
+        action = 1.5 * jax.random.normal(jax.random.PRNGKey(2), (6, 2))
+        raw = jax.vmap(env.get_obs)(state.env[i])
+        shown = symlog(np.einsum("nij,nj->ni", obs_matrix, raw))
+        np.testing.assert_allclose(inputs[rows, :12], shown, atol=1e-5)
+        np.testing.assert_array_equal(inputs[rows, 12:17], [[0, 0, 0, 1, 1]] * 3)
+        control = np.clip(np.einsum("nij,nj->ni", act_matrix, action[rows]), -1, 1)
+        obs, _, reward, _, _ = jax.vmap(env.step_env, (None, 0, 0, None))(KEY, state.env[i], control, params)
+        _, after, out = lanes.step(state, action)
+        after_shown = symlog(np.einsum("nij,nj->ni", obs_matrix, obs))
+        np.testing.assert_allclose(after[rows, :12], after_shown, atol=1e-5)
+        np.testing.assert_allclose(after[rows, 17:], after_shown - shown, atol=1e-5)
+        np.testing.assert_allclose(after[rows, 12:14], action[rows], rtol=1e-6)
+        np.testing.assert_allclose(after[rows, 14], reward, rtol=1e-5)
+        np.testing.assert_array_equal(after[rows, 15:17], 0)
+        np.testing.assert_allclose(out.reward[rows], reward, rtol=1e-5)
+
+
+def test_trials_of_several_episodes():
+    """Flags, clocks, returns, what carries over and what is drawn anew, in trials of 3 episodes of 6 steps."""
+    lanes = envs.Lanes(["reacher-easy"], 5, episodes_per_trial=3, stagger=False, delta=True,
+                       env_kwargs={"max_steps_in_episode": 6})
+    assert lanes.trial_length == 18 and lanes.max_episode_steps == 6 and lanes.refresh_every == 3
+    _, out = rollout(lanes, 54)
+    t = np.arange(54)
+    every = lambda x: np.repeat(x[:, None], 5, 1)  # noqa: E731
+    np.testing.assert_array_equal(out["episode_end"], every(t % 6 == 5))
+    np.testing.assert_array_equal(out["truncated"], every(t % 6 == 5))
+    np.testing.assert_array_equal(out["trial_end"], every(t % 18 == 17))
+    np.testing.assert_array_equal(out["time"], every(t % 18))
+    assert not out["terminated"].any() and not out["diverged"].any() and out["episode_complete"].all()
+    inputs, action = out["input"], out["action"]
+    np.testing.assert_array_equal(inputs[..., 15], every(t % 6 == 0))
+    np.testing.assert_array_equal(inputs[..., 16], every(t % 18 == 0))
+    carries = (t[1:] % 18 != 0)[:, None]
+    np.testing.assert_allclose(inputs[1:, :, 12:14], np.where(carries[..., None], action[:-1], 0), rtol=1e-6)
+    np.testing.assert_allclose(inputs[1:, :, 14], np.where(carries, out["reward"][:-1], 0), rtol=1e-6)
+    for start in range(0, 54, 6):
+        total = np.cumsum(out["reward"][start:start + 6], 0)
+        np.testing.assert_allclose(out["episode_return"][start:start + 6], total, rtol=1e-5)
+    # projections stay for a trial and then change in every lane; every episode starts elsewhere
+    for name in ("obs_matrix", "act_matrix"):
+        change = np.abs(np.diff(out[name], axis=0)).reshape(53, 5, -1)
+        np.testing.assert_array_equal(change.max(-1) > 0, every(t % 18 == 0)[1:])
+    starts = out["qpos"][::6].reshape(45, 2)
+    assert len(np.unique(starts, axis=0)) == 45
+    # final_input: the next input, but before any reset
+    within = (t[:-1] % 6 != 5)
+    np.testing.assert_array_equal(out["final_input"][:-1][within], inputs[1:][within])
+    ends = out["final_input"][t % 6 == 5]
+    np.testing.assert_array_equal(ends[..., 15:17], 0)
+    np.testing.assert_allclose(ends[..., 12:14], action[t % 6 == 5], rtol=1e-6)
+    np.testing.assert_allclose(ends[..., 14], out["reward"][t % 6 == 5])
+    np.testing.assert_allclose(ends[..., 17:], ends[..., :12] - inputs[t % 6 == 5][..., :12], atol=1e-6)
+    moved = np.abs(ends[:, :, :12] - inputs[t % 6 == 5][..., :12]).max()
+    assert moved < np.abs(inputs[6::6][..., :12] - inputs[5:-1:6][..., :12]).max()
+    np.testing.assert_array_equal(inputs[::6][..., 17:], 0)
+    np.testing.assert_allclose(inputs[1:, :, 17:][within], np.diff(inputs[..., :12], axis=0)[within], atol=1e-6)
+
+
+def test_spares_are_fresh_in_short_rollouts():
+    """However rollouts are cut, no two starts of a lane coincide: t begins at 0 in every rollout."""
+    lanes = envs.Lanes(["point_mass-easy"], 16, env_kwargs={"max_steps_in_episode": 10})
+    state, starts = None, []
+    for k in range(6):
+        state, out = rollout(lanes, 7, state=state)
+        starts.append(out["qpos"][out["input"][..., 15] == 1])
+    starts = np.concatenate(starts)
+    assert len(starts) > 60 and len(np.unique(starts, axis=0)) == len(starts)
+
+
+def test_stagger():
+    """First episodes end at times spread evenly, later ones a whole episode later; their starts are fresh."""
+    lanes = envs.Lanes(["pendulum-swingup"], 400, env_kwargs={"max_steps_in_episode": 40})
+    _, out = rollout(lanes, 80)
+    np.testing.assert_array_equal(out["episode_end"].sum(0), 2)
+    first, second = (out["episode_end"].argmax(0), 79 - out["episode_end"][::-1].argmax(0))
+    np.testing.assert_array_equal(second - first, 40)
+    counts = np.bincount(first, minlength=40)
+    assert len(counts) == 40 and 5 * counts.max() < 400 and abs(first.mean() - 19.5) < 2
+    lane = np.arange(400)
+    np.testing.assert_array_equal(out["episode_complete"][first, lane], first == 39)
+    assert out["episode_complete"][second, lane].all()
+    np.testing.assert_array_equal(out["time"][first, lane], first)  # counts what the agent has lived
+    np.testing.assert_array_equal(out["time"][second, lane], 39)
+    assert out["qpos"][0].std() > 1.5  # not settled, as after time really spent
+    trial = envs.Lanes(["pendulum-swingup"], 400, episodes_per_trial=3, env_kwargs={"max_steps_in_episode": 10})
+    _, out = rollout(trial, 60)
+    assert (out["trial_end"].sum(0) == 2).all()
+    assert 12 < out["trial_end"].argmax(0).mean() < 17
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, 3e4])
+def test_divergence_never_reaches_the_learner(poison):
+    """A lane with an unsound state is truncated, reset and counted; other lanes do not notice."""
+    lanes = envs.Lanes(["reacher-easy", "cartpole-swingup"], 8, stagger=False, delta=True)
+    state, inputs = lanes.reset(KEY)
+    action = jnp.ones((8, 2))
+    _, clean_inputs, clean = lanes.step(state, action, 1)
+    broken = state.env[0].replace(qvel=state.env[0].qvel.at[2, 0].set(poison))
+    bad = state.replace(env=(broken, state.env[1]))
+    after, bad_inputs, out = lanes.step(bad, action, 1)
+    only = np.arange(8) == 2
+    for field in (out.diverged, out.truncated, out.episode_end, out.trial_end):
+        np.testing.assert_array_equal(field, only)
+    assert not out.terminated.any() and out.reward[2] == 0 and out.episode_return[2] == 0
+    np.testing.assert_array_equal(out.final_input[2], inputs[2])
+    for leaf in jax.tree.leaves((after, bad_inputs, out)):
+        assert np.isfinite(np.array(leaf, np.float64)).all()
+    np.testing.assert_array_equal(np.array(bad_inputs)[~only], np.array(clean_inputs)[~only])
+    np.testing.assert_array_equal(np.array(out.final_input)[~only], np.array(clean.final_input)[~only])
+    assert bad_inputs[2, 15] == 1 and bad_inputs[2, 16] == 1
+    # an action that is not finite is the learner's own doing, and does not come back either
+    after, inputs, out = lanes.step(after, action.at[5].set(jnp.nan), 2)
+    np.testing.assert_array_equal(out.diverged, np.arange(8) == 5)
+    assert np.isfinite(np.array(inputs)).all() and np.isfinite(np.array(out.final_input)).all()
+
+
+def test_training_lanes_under_seeds_and_scan():
+    """The six training tasks, vmapped over seeds inside jit and scan; a branch of the spares' drawing remains."""
+    lanes = envs.Lanes(envs.TRAIN_TASKS, 12, env_kwargs={"max_steps_in_episode": 12})
+    assert lanes.input_size == 17 and len(lanes.tasks) == 6
+
+    def run(key):
+        def step(state, t):
+            action = jnp.sin(t + jnp.arange(24.0).reshape(12, 2))
+            state, inputs, out = lanes.step(state, action, t)
+            return state, (inputs, out)
+
+        return jax.lax.scan(step, lanes.reset(key)[0], jnp.arange(24))
+
+    seeds = jax.random.split(KEY, 2)
+    traced = jax.jit(jax.vmap(run)).trace(seeds)
+    assert "cond[" in str(traced.jaxpr), "drawing spares became a select: it would be paid in every step"
+    state, (inputs, out) = traced.lower().compile()(seeds)
+    assert inputs.shape == (2, 24, 12, 17) and np.isfinite(np.array(inputs)).all()
+    assert len(state.env) == 6 and state.env[2].qpos.shape == (2, 2, 3)
+    np.testing.assert_array_equal(out.episode_end.sum(1), 2)
+    assert (np.array(inputs)[0] != np.array(inputs)[1]).any((0, 2)).all()
+    assert (np.array(out.reward) >= 0).all() and (np.array(out.reward) <= 1).all()
+
+
+def test_lanes_errors():
+    for kwargs, message in (
+            (dict(num_lanes=7), "7 lanes"), (dict(num_lanes=0), "0 lanes"), (dict(projection="random"), "gaussian"),
+            (dict(projection="identity", obs_size=5), "obs_size >= 6"),
+            (dict(projection="orthogonal", action_size=1), "action_size >= 2"),
+            (dict(projection="none"), "equal sizes"), (dict(obs_transform="log"), "symlog"),
+            (dict(episodes_per_trial=0), "episodes_per_trial"), (dict(tasks=["CartPole-v1", "reacher-easy"]), "kind"),
+            (dict(tasks=["CartPole-v1", "Acrobot-v1"]), "kind"), (dict(tasks=["reacher-esy"] * 2), "reacher-easy")):
+        with pytest.raises(ValueError, match=message):
+            envs.Lanes(**(dict(tasks=["reacher-easy", "point_mass-easy"], num_lanes=8) | kwargs))
+    gaussian = envs.Lanes(["reacher-easy"], 2, obs_size=3, action_size=1)  # fewer is allowed: a hard task
+    assert gaussian.step(*([gaussian.reset(KEY)[0]] + [jnp.zeros((2, 1))]))[1].shape == (2, 3 + 1 + 3)
