@@ -1,0 +1,301 @@
+"""The trainers: GAE, resume, sweeps, devices, command line. Both trainers are held to the same properties."""
+
+import csv
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import train_lstm
+import train_s5
+
+ROOT = Path(__file__).resolve().parent.parent
+TRAINERS = (train_s5, train_lstm)
+SMALL = dict(width=8, num_lanes=8, rollout_length=16, minibatches=2, epochs=2, log_every=2, layers=1)
+FLAGS = ["--width", "8", "--num-lanes", "8", "--rollout-length", "16", "--minibatches", "2", "--layers", "1",
+         "--no-evaluate", "--no-tensorboard"]
+bitwise = jax.tree_util.Partial(jax.tree.map, np.testing.assert_array_equal)
+
+
+def small(trainer, **changes):
+    return trainer.Config(**(SMALL | dict(env=("CartPole-v1",), total_steps=512) | changes))
+
+
+def command(trainer, *flags, **kwargs):
+    env = os.environ | {"JAX_PLATFORMS": "cpu"} | kwargs.pop("env", {})
+    return subprocess.run([sys.executable, str(ROOT / f"{trainer}.py"), *flags], capture_output=True, text=True,
+                          env=env, **kwargs)
+
+
+# -- the two trainers ---------------------------------------------------------------------------------------
+def outside_memory(trainer):
+    """Source lines without the usage docstring and the memory section."""
+    text = (ROOT / f"{trainer}.py").read_text()
+    text = text[text.index('"""\n', 3):]
+    start = text.index("# Memory: the only section")
+    return (text[:start] + text[text.index("# Configuration\n"):]).splitlines()
+
+
+def test_trainers_differ_in_memory_only():
+    assert outside_memory("train_s5") == outside_memory("train_lstm")
+
+
+@pytest.mark.parametrize("trainer,files", [("train_s5", ("s5.py", "envs.py", "physics.py")),
+                                           ("train_lstm", ("envs.py", "physics.py"))])
+def test_runs_when_copied_alone(trainer, files, tmp_path):
+    for name in (f"{trainer}.py", *files):
+        shutil.copy(ROOT / name, tmp_path)
+    flags = [f for f in FLAGS if f != "--no-evaluate"]
+    done = subprocess.run([sys.executable, f"{trainer}.py", "--env", "CartPole-v1", "--total-steps", "1280", *flags],
+                          cwd=tmp_path, capture_output=True, text=True, env={
+                              k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"JAX_PLATFORMS": "cpu"})
+    assert done.returncode == 0, done.stderr
+    assert "evaluation left out" in done.stdout
+    assert len(list(tmp_path.glob("runs/*/metrics.csv"))) == 1
+
+
+def test_parameter_counts_match():
+    """The LSTM's hidden size is chosen so that both memories have equally many parameters, within 2 %."""
+    for width in (64, 256):
+        counts = []
+        for trainer in TRAINERS:
+            extra = trainer.ACCELERATOR_MEMORY if width == 256 else {}
+            config = trainer.Config(**({"width": width} | extra))
+            memory = trainer.make_memory(config, jnp.float32)
+            x, reset = jnp.zeros((1, 1, width)), jnp.zeros((1, 1), bool)
+            shapes = jax.eval_shape(memory.init, jax.random.PRNGKey(0), memory.zero_state((1,)), x, reset)
+            counts.append(sum(s.size for s in jax.tree.leaves(shapes)))
+        assert abs(counts[0] / counts[1] - 1) < 0.02, counts
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_step_equals_sequence(trainer):
+    """Acting step by step and replaying the sequence give the same policy and value, resets included."""
+    config = small(trainer, layers=2)
+    network = trainer.ActorCritic(config, 2, False)
+    T, B = 12, 3
+    key = jax.random.PRNGKey(0)
+    x = jax.random.normal(key, (T, B, 5))
+    reset = jax.random.bernoulli(key, 0.3, (T, B))
+    memory = trainer.make_memory(config, jnp.float32).zero_state((B,))
+    params = network.init(key, memory, x, reset)
+    _, pi, value = network.apply(params, memory, x, reset)
+    prepared = network.apply(params, method="prepare")
+    for t in range(T):
+        memory, step_pi, step_value = network.apply(params, prepared, memory, x[t], reset[t], method="step")
+        np.testing.assert_allclose(step_value, value[t], atol=1e-5)
+        np.testing.assert_allclose(step_pi.mean(), pi.mean()[t], atol=1e-5)
+
+
+# -- GAE ------------------------------------------------------------------------------------------------------
+def slow_gae(reward, value, last_value, final_value, terminated, trial_end, gamma, lam):
+    """One lane, the definition: sum of discounted TD errors up to the end of the trial."""
+    T = len(reward)
+    advantage = np.zeros(T)
+    for start in range(T):
+        weight = 1.0
+        for t in range(start, T):
+            following = value[t + 1] if t + 1 < T else last_value
+            if trial_end[t]:
+                following = 0.0 if terminated[t] else final_value[t]
+            advantage[start] += weight * (reward[t] + gamma * following - value[t])
+            if trial_end[t]:
+                break
+            weight *= gamma * lam
+    return advantage
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_gae_equals_definition(seed):
+    rng = np.random.default_rng(seed)
+    T, N = 40, 5
+    reward, value, final_value = rng.normal(size=(3, T, N))
+    last_value = rng.normal(size=N)
+    episode_end = rng.random((T, N)) < 0.2
+    terminated = episode_end & (rng.random((T, N)) < 0.5)
+    trial_end = episode_end & (rng.random((T, N)) < 0.5)  # the others are episode ends inside a trial
+    ours = train_s5.gae(*map(jnp.asarray, (reward, value, last_value, final_value, terminated, trial_end)), 0.9, 0.8)
+    for n in range(N):
+        expected = slow_gae(reward[:, n], value[:, n], last_value[n], final_value[:, n], terminated[:, n],
+                            trial_end[:, n], 0.9, 0.8)
+        np.testing.assert_allclose(ours[:, n], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("env,ends", [("CartPole-v1", "terminated"), ("Pendulum-v1", "truncated")])
+def test_final_values_of_real_tasks(env, ends):
+    """CartPole terminates and needs no final value; Pendulum truncates after 200 steps and has one, which is the
+    value of the final observation met by the memory that led there."""
+    config = small(train_s5, env=(env,), rollout_length=450)
+    train = train_s5.make_train(config)
+    runner = train.init(jax.random.PRNGKey(0))
+    _, rollout, final_value, _ = jax.jit(train.collect)(runner)
+    assert rollout.step.trial_end.any()
+    assert (rollout.step.trial_end == getattr(rollout.step, ends)).all()
+    assert ((final_value != 0) == (rollout.step.trial_end & rollout.step.truncated)).all()
+    if ends == "truncated":  # replay: the memory after the last step, then the final input
+        t, n = map(int, np.argwhere(rollout.step.trial_end)[0])
+        state, inputs = runner.env_state, None
+        for s in range(t + 1):
+            state, inputs, out = train.lanes.step(state, rollout.action[s], s)
+        upto = lambda x: x[:t + 1]  # noqa: E731
+        memory, _, _ = train.network.apply(runner.params, runner.memory, upto(rollout.inputs), upto(rollout.reset))
+        _, _, value = train.network.apply(runner.params, memory, out.final_input[None],
+                                          jnp.zeros((1, config.num_lanes), bool))
+        np.testing.assert_allclose(final_value[t, n], value[0, n], rtol=1e-4, atol=1e-5)
+
+
+# -- training functions ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("changes", [
+    dict(env=("cartpole-swingup", "reacher-easy")), dict(env=("Pendulum-v1",), dtype="bfloat16"),
+    dict(env=("MemoryChain-bsuite",), env_kwargs=("memory_length=4",), memory="none"),
+    dict(env=("point_mass-easy",), episodes_per_trial=2, projection="orthogonal")])
+def test_trains_and_stays_finite(trainer, changes):
+    config = small(trainer, **changes)
+    out = jax.jit(trainer.make_train(config))(jax.random.PRNGKey(0))
+    assert jax.tree.all(jax.tree.map(lambda x: bool(jnp.isfinite(x).all()), out["runner"].params))
+    assert out["metrics"]["return"].shape == (config.num_updates, len(config.env))
+    assert np.isfinite(out["metrics"]["kl"]).all() and (out["metrics"]["skipped"] == 0).all()
+    start = trainer.make_train(config).init(jax.random.PRNGKey(0)).params
+    assert max(jax.tree.leaves(jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), start,
+                                            out["runner"].params))) > 1e-4
+
+
+def test_vmap_over_seeds_equals_single_runs():
+    train = train_s5.make_train(small(train_s5))
+    keys = jnp.stack([jax.random.PRNGKey(s) for s in (3, 4)])
+    both = jax.jit(jax.vmap(train))(keys)["metrics"]
+    for i in range(2):
+        alone = jax.jit(train)(keys[i])["metrics"]
+        np.testing.assert_allclose(both["value_loss"][i], alone["value_loss"], rtol=2e-3)
+
+
+def test_non_finite_gradients_skip_the_update():
+    train = train_s5.make_train(small(train_s5))
+    runner = train.init(jax.random.PRNGKey(0))
+    broken = runner._replace(returns=jnp.full_like(runner.returns, jnp.nan))
+    after, metrics = jax.jit(train.update)(broken)
+    assert metrics["skipped"] == 1.0
+    bitwise(after.params, runner.params)
+
+
+def test_memory_none_resets_every_step():
+    train = train_s5.make_train(small(train_s5, memory="none"))
+    _, rollout, _, _ = jax.jit(train.collect)(train.init(jax.random.PRNGKey(0)))
+    assert rollout.reset.all()
+
+
+def test_learns_a_task_that_needs_memory():
+    """MemoryChain of length 5: the bit of the first step decides the reward of the last; chance is 0."""
+    config = train_s5.Config(env=("MemoryChain-bsuite",), env_kwargs=("memory_length=5",), width=32, state_size=32,
+                             layers=1, num_lanes=32, rollout_length=64, minibatches=2, total_steps=120_000, lr=3e-3)
+    returns = jax.jit(train_s5.make_train(config))(jax.random.PRNGKey(0))["metrics"]["return"]
+    assert np.nanmean(returns[-5:]) > 0.8
+
+
+# -- runs: resume, sweeps, devices, messages --------------------------------------------------------------------
+def rows(folder):
+    with (Path(folder) / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("trainer", ["train_s5", "train_lstm"])
+def test_kill_and_resume_is_bit_identical(trainer, tmp_path):
+    """SIGKILL at random moments, resume until done: the same metrics.csv as a run that nobody killed."""
+    flags = ["--env", "CartPole-v1", "--total-steps", "20000", "--log-every", "4", "--checkpoint-minutes", "0",
+             "--runs-dir", str(tmp_path), *FLAGS]
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+    assert command(trainer, *flags, "--name", "whole", env=env).returncode == 0
+    rng, kills = random.Random(0), 0
+    script = [sys.executable, str(ROOT / f"{trainer}.py")]
+    attempt = script + flags + ["--name", "killed"]
+    while True:
+        process = subprocess.Popen(attempt, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        if kills < int(os.environ.get("KILLS", 3)):  # wait for the first new checkpoint, then a random while
+            before = set(tmp_path.glob("killed/checkpoints/*"))
+            while process.poll() is None and not set(tmp_path.glob("killed/checkpoints/*[0-9]")) - before:
+                time.sleep(0.01)
+            time.sleep(rng.random() * 0.5)
+            process.send_signal(signal.SIGKILL)
+            kills += process.wait() == -signal.SIGKILL
+        elif process.wait() == 0:
+            break
+        else:
+            pytest.fail(process.stderr.read())
+        attempt = script + ["--resume", str(tmp_path / "killed")]
+    assert kills >= 1
+    assert (tmp_path / "killed/metrics.csv").read_bytes() == (tmp_path / "whole/metrics.csv").read_bytes()
+
+
+def test_broken_checkpoint_falls_back_and_foreign_is_refused(tmp_path):
+    config = small(train_s5, runs_dir=str(tmp_path), name="a", tensorboard=False, checkpoint_minutes=0.0,
+                   total_steps=1024)
+    folder = train_s5.run(config)
+    steps = sorted(int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit())
+    assert len(steps) == 2
+    whole = (folder / "metrics.csv").read_bytes()
+    for path in (folder / "checkpoints" / str(steps[-1])).rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:10])
+    train_s5.run(train_s5.Config(resume=str(folder)))
+    assert (folder / "metrics.csv").read_bytes() == whole
+    with pytest.raises(ValueError, match="train_s5"):
+        train_lstm.run(train_lstm.Config(resume=str(folder)))
+    settings = json.loads((folder / "config.json").read_text())
+    settings["config"]["width"] = 16  # the checkpoint no longer fits
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="no usable checkpoint"):
+        train_s5.run(train_s5.Config(resume=str(folder)))
+    assert (folder / "metrics.csv").read_bytes() == whole
+
+
+def test_sweep_ranks_settings_and_chunks_agree(tmp_path):
+    sweep = dict(sweep=("lr=1e-4,1e-2", "ent_coef=0,0.01"), num_seeds=2, runs_dir=str(tmp_path), tensorboard=False,
+                 total_steps=2048)
+    folder = train_s5.run(small(train_s5, name="whole", **sweep))
+    parts = train_s5.run(small(train_s5, name="parts", sweep_chunk=4, **sweep))
+    table = rows(folder)
+    assert len(table) == 8 * int(table[-1]["update"])
+    assert {(r["lr"], r["ent_coef"], r["seed"]) for r in table} == {
+        (a, b, c) for a in ("0.0001", "0.01") for b in ("0", "0.01") for c in "01"}
+    with (folder / "sweep.csv").open() as file:
+        ranking = [float(r["return"]) for r in csv.DictReader(file)]
+    assert len(ranking) == 4 and ranking == sorted(ranking, reverse=True)
+    assert (folder / "sweep.png").stat().st_size > 1000
+    for a, b in zip(table, rows(parts)):
+        np.testing.assert_allclose(float(a["value_loss"]), float(b["value_loss"]), rtol=1e-2)
+
+
+def test_two_devices_equal_one(tmp_path):
+    flags = ["--env", "CartPole-v1", "--total-steps", "2000", "--num-seeds", "2", "--log-every", "4",
+             "--runs-dir", str(tmp_path), *FLAGS]
+    for count in (1, 2):
+        done = command("train_s5", *flags, "--name", str(count),
+                       env={"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"})
+        assert done.returncode == 0, done.stderr
+        assert f"on {count} cpu" in done.stdout
+    for a, b in zip(rows(tmp_path / "1"), rows(tmp_path / "2")):
+        for name in a:
+            np.testing.assert_allclose(float(a[name] or "nan"), float(b[name] or "nan"), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("flags,message", [
+    (["--env", "finger-spinn"], "finger-spin"), (["--num-lanes", "7"], "divisible"), (["--num-seeds", "0"], "num_seeds"),
+    (["--lr", "-1"], "lr"), (["--sweep", "width=8,16"], "sweep"), (["--no-such-flag"], "no-such-flag"),
+    (["--runs-dir", "/proc/nowhere"], "run folder"), (["--resume", "nowhere"], "nowhere")])
+def test_bad_input_is_one_sentence_and_exit_code_2(flags, message, tmp_path):
+    done = command("train_s5", *flags, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in re.sub(r"\\s+", " ", done.stdout + done.stderr)
+    assert "Traceback" not in done.stderr
