@@ -7,8 +7,9 @@ A general simulator spends its time on what a small model lacks: loops over bodi
 masked rows, hundreds of tiny kernels. Here the compiled `mujoco.MjModel` is known while JAX traces, so the
 step is *partially evaluated*. Every quantity is a numpy object array whose entries are either Python floats
 (known now) or `Num`s (a traced scalar each). `Num`'s operators fold the constants and drop 0 and 1, so that
-ordinary 3-D rigid-body algebra written with `@` and `np.cross` leaves behind only the arithmetic this one model
-needs: a planar mechanism collapses to planar code by itself. XLA fuses the rest and `vmap` supplies the batch.
+ordinary 3-D rigid-body algebra leaves only the arithmetic that this one model needs: a planar mechanism
+collapses to planar code by itself. XLA fuses the rest and `vmap` supplies the batch. Fed with numbers only,
+the same code is an ordinary simulator that runs while tracing (see `merge_copies`).
 
 The semantics are those of C MuJoCo (Todorov, Erez & Tassa 2012, and the "Computation" chapter of its manual),
 with the model's own integrator, time step and friction cone:
@@ -16,10 +17,10 @@ with the model's own integrator, time step and friction cone:
     kinematics   one pass down the tree gives poses and velocity-product accelerations of all bodies
     dynamics     M a0 = tau(q, v, u): M and the bias force are sums over bodies of Jacobian products
     constraints  limits, friction loss, tendon limits and planar contacts become rows x = J a - aref
-    solver       min_a 1/2 (a - a0)' M (a - a0) + sum of s(x): closed form where a row stands alone, else Newton
+    solver       min_a 1/2 (a - a0)' M (a - a0) + sum of s(x): closed form for a lone row, else Newton
     integrator   semi-implicit Euler with implicit joint damping, or RK4
 
-A model that needs anything else raises `NotImplementedError`; `backend="mjx"` steps it with MuJoCo's own JAX port.
+A model that needs anything else raises `NotImplementedError`: `backend="mjx"` is MuJoCo's own JAX port.
 """
 import math
 from typing import NamedTuple
@@ -36,7 +37,12 @@ GEOM, INTEGRATOR, WRAP, TRN = mujoco.mjtGeom, mujoco.mjtIntegrator, mujoco.mjtWr
 PLANE, SPHERE, CAPSULE = int(GEOM.mjGEOM_PLANE), int(GEOM.mjGEOM_SPHERE), int(GEOM.mjGEOM_CAPSULE)
 
 
-# ---------------------------------------------------------------- partial evaluation: scalars known now or later
+def off(m, name):
+    """Is a part of the physics disabled in the model's option flags?"""
+    return bool(m.opt.disableflags & int(getattr(mujoco.mjtDisableBit, f"mjDSBL_{name}")))
+
+
+# -------------------------------------------------- partial evaluation: scalars known now or later
 
 class Num:
     """A traced scalar `x` (float or bool) of a computation whose float dtype is `dtype`.
@@ -106,8 +112,12 @@ def raw(a, dtype):
     return a.x if isinstance(a, Num) else np.asarray(a, dtype)[()]
 
 
+def scalars(array, dtype):
+    return [Num(array[i].astype(dtype)) for i in range(array.shape[0])]
+
+
 def const(a):
-    """Model constants as an object array; rounding noise around -1, 0 and 1 is removed so that it can fold."""
+    """Model constants as an object array; rounding noise around whole numbers goes, so that 0 and 1 fold."""
     a = np.asarray(a, float)
     return np.where(np.abs(a - np.round(a)) < 1e-12, np.round(a), a).astype(object)
 
@@ -165,8 +175,8 @@ def power(x, p):
 def settle(values):
     """The same values (object array), computed once.
 
-    XLA's CPU fusion repeats cheap shared work in every consumer, but never a division. Dividing by a 1 that it
-    cannot see through (0 x + 1) ends the fusion here: 2x on the Newton loop of ball_in_cup.
+    XLA's CPU fusion repeats cheap shared work in every consumer, but never a division. Dividing by a 1 that
+    it cannot see through (0 x + 1) ends the fusion here: cartpole became 5 times faster, most others twice.
     """
     values = np.asarray(values, object)
     traced = [v for v in np.ravel(values) if not known(v)]
@@ -202,7 +212,7 @@ def solve(factors, b):
     return np.array(x, object)
 
 
-# ------------------------------------------------------------------------------------------------ rigid bodies
+# ------------------------------------------------------------------------------------ rigid bodies
 
 def rotation(quat):
     mat = np.zeros(9)
@@ -211,7 +221,7 @@ def rotation(quat):
 
 
 class Tree(NamedTuple):
-    """World-frame pose and, if velocities were given, velocity-product motion of each body; axes of each dof."""
+    """World-frame pose of each body, velocity-product motion if velocities were given, axes of each dof."""
     pos: list        # (3,) body origin
     mat: list        # (3, 3) body orientation
     omega: list      # (3,) angular velocity
@@ -229,9 +239,8 @@ class Tree(NamedTuple):
 
 def forward_tree(m, q, v=None):
     """`Tree` at joint positions `q` (nq,) and velocities `v` (nv,); v = None leaves the motion at zero."""
-    gravity = not m.opt.disableflags & mujoco.mjtDisableBit.mjDSBL_GRAVITY
     pos, mat, dofs = [const([0, 0, 0])], [const(np.eye(3))], [[]]
-    omega, alpha, acc = [zeros(3)], [zeros(3)], [const(-m.opt.gravity * gravity)]
+    omega, alpha, acc = [zeros(3)], [zeros(3)], [const(-m.opt.gravity * (not off(m, "GRAVITY")))]
     axes, anchors = [None] * m.nv, [None] * m.nv
 
     def centripetal(w, dw, r):
@@ -277,7 +286,7 @@ def inertia_and_bias(m, tree):
     for b in range(1, m.nbody):
         if not tree.dofs[b] or not (m.body_mass[b] or m.body_inertia[b].any()):
             continue
-        mass, inertia = float(m.body_mass[b]), const(m.body_inertia[b])
+        mass, inertia = float(m.body_mass[b]), m.body_inertia[b].astype(object)
         arm, frame = tree.mat[b] @ const(m.body_ipos[b]), tree.mat[b] @ rotation(m.body_iquat[b])
         w, dw = tree.omega[b], tree.alpha[b]
         force = (tree.acc[b] + cross(dw, arm) + cross(w, cross(w, arm))) * mass
@@ -289,13 +298,13 @@ def inertia_and_bias(m, tree):
             bias[i] = bias[i] + dot(linear[i], force) + dot(angular[i], torque)
             for j in linear:
                 if j <= i:
-                    M[i, j] = M[i, j] + dot(linear[i], linear[j]) * mass + dot(angular[i], inertia * angular[j])
-                    M[j, i] = M[i, j]
+                    spin = dot(angular[i], inertia * angular[j])
+                    M[i, j] = M[j, i] = M[i, j] + dot(linear[i], linear[j]) * mass + spin
     return M, bias
 
 
 def tendon(m, tree, q, t, wrap_prm):
-    """Length and Jacobian {dof: value} of tendon `t`: fixed (joint coefficients) or spatial (straight via sites)."""
+    """Length and Jacobian {dof: value} of tendon `t`: fixed (of joints) or straight from site to site."""
     wraps = range(m.tendon_adr[t], m.tendon_adr[t] + m.tendon_num[t])
     length, J = 0.0, {}
     if m.wrap_type[wraps[0]] == WRAP.mjWRAP_JOINT:
@@ -332,10 +341,10 @@ def row(tree, end1, end2, direction):
     return J
 
 
-# ------------------------------------------------------------------------------------------------- constraints
+# ------------------------------------------------------------------------------------- constraints
 
 class Group(NamedTuple):
-    """Constraints that act on the same coordinates y = T a: one scalar, or the relative planar twist of two bodies."""
+    """Constraints on the same coordinates y = T a: one scalar, or the relative planar twist of two bodies."""
     T: list           # of {dof: coefficient}
     members: list     # of `Row` or `Contact`, whose J multiplies y
 
@@ -421,13 +430,12 @@ def impedance(m, solref, solimp, position, weight):
 def scalar_rows(m, tree, q, v, wrap_prm):
     """Friction loss, joint limits and tendon limits as groups of one `Row`."""
     groups = []
-    flags = m.opt.disableflags
-    if not flags & mujoco.mjtDisableBit.mjDSBL_FRICTIONLOSS:
+    if not off(m, "FRICTIONLOSS"):
         for d in np.flatnonzero(m.dof_frictionloss > 0):
             D, B, _ = impedance(m, m.dof_solref[d], m.dof_solimp[d], 0.0, float(m.dof_invweight0[d]))
             loss = float(m.dof_frictionloss[d])
             groups.append(Group([{d: 1.0}], [Row(((1.0,),), (-B * v[d],), D, -loss, loss)]))
-    if flags & mujoco.mjtDisableBit.mjDSBL_LIMIT:
+    if off(m, "LIMIT"):
         return groups
 
     def limit(value, J, bounds, margin, solref, solimp, weight, only_upper=False):
@@ -453,71 +461,66 @@ def scalar_rows(m, tree, q, v, wrap_prm):
     return groups
 
 
-# ---------------------------------------------------------------------------------------------------- contacts
+# ---------------------------------------------------------------------------------------- contacts
 
 def contact_pairs(m):
     """Geom pairs that MuJoCo's filters let collide, less those that no joint positions can bring together."""
-    if m.opt.disableflags & (mujoco.mjtDisableBit.mjDSBL_CONTACT | mujoco.mjtDisableBit.mjDSBL_CONSTRAINT):
+    if off(m, "CONTACT") or off(m, "CONSTRAINT"):
         return []
+    data = mujoco.MjData(m)
+    mujoco.mj_kinematics(m, data)
     weld, body = m.body_weldid, m.geom_bodyid
     parent = weld[m.body_parentid[weld]]
-    reach = [disc(m, g) for g in range(m.ngeom)]
+    discs = [disc(m, data, g) for g in range(m.ngeom)]
     pairs = []
     for g1, g2 in ((i, j) for i in range(m.ngeom) for j in range(i + 1, m.ngeom)):
-        if not (m.geom_contype[g1] & m.geom_conaffinity[g2] or m.geom_contype[g2] & m.geom_conaffinity[g1]):
-            continue
         w1, w2 = weld[body[g1]], weld[body[g2]]
-        if w1 == w2 or (body[g1] << 16) + body[g2] in m.exclude_signature:
-            continue
-        family = w1 and w2 and (parent[w1] == w2 or parent[w2] == w1)
-        if family and not m.opt.disableflags & mujoco.mjtDisableBit.mjDSBL_FILTERPARENT:
+        family = w1 and w2 and (parent[w1] == w2 or parent[w2] == w1) and not off(m, "FILTERPARENT")
+        masks = m.geom_contype[g1] & m.geom_conaffinity[g2] or m.geom_contype[g2] & m.geom_conaffinity[g1]
+        if not masks or w1 == w2 or family or (body[g1] << 16) + body[g2] in m.exclude_signature:
             continue
         if m.geom_type[g1] > m.geom_type[g2]:
             g1, g2 = g2, g1
-        margin = m.geom_margin[g1] + m.geom_margin[g2]
-        if separation(m, g1, reach[g1], reach[g2]) <= margin:
+        (c1, r1), (c2, r2) = discs[g1], discs[g2]
+        apart = np.linalg.norm((c1 - c2)[[0, 2]]) - r1 - r2
+        if m.geom_type[g1] == PLANE:
+            normal = data.geom_xmat[g1].reshape(3, 3)[:, 2]
+            still = weld[body[g1]] == 0 and abs(normal[1]) < 1e-12
+            apart = (c2 - data.geom_xpos[g1]) @ normal - r2 if still else -math.inf
+        if apart <= m.geom_margin[g1] + m.geom_margin[g2]:
             pairs.append((g1, g2))
     return pairs
 
 
-def disc(m, g):
-    """(centre (3,), radius): at any joint positions geom `g` stays in this disc of the x-z plane.
+def disc(m, data, g):
+    """(centre (3,), radius): geom `g`, projected on the x-z plane, stays inside at any joint positions.
 
-    Going up the tree, a hinge turns the disc about its anchor: the disc around the anchor that holds it is
-    invariant. A slide may go anywhere (its limits are soft).
+    Going up the tree, a hinge along y turns the disc about its anchor: a disc around the anchor that holds it
+    is invariant. Along or about anything else the geom may go anywhere (limits are soft). `data` is at qpos0.
     """
-    d = mujoco.MjData(m)
-    mujoco.mj_kinematics(m, d)
-    centre, size = d.geom_xpos[g], m.geom_size[g]
-    axis = np.linalg.norm(d.geom_xmat[g].reshape(3, 3)[[0, 2], 2])  # in-plane part of the z axis
+    centre, size = data.geom_xpos[g], m.geom_size[g]
     if m.geom_type[g] in (SPHERE, CAPSULE, int(GEOM.mjGEOM_CYLINDER)):
+        axis = np.linalg.norm(data.geom_xmat[g].reshape(3, 3)[[0, 2], 2])  # in-plane part of the z axis
         radius = size[0] + (0.0 if m.geom_type[g] == SPHERE else size[1] * axis)
     else:
-        radius = np.linalg.norm(size) if m.geom_rbound[g] else math.inf
-    b = m.geom_bodyid[g]
-    while b:
-        for j in reversed(range(m.body_jntadr[b], m.body_jntadr[b] + m.body_jntnum[b])):
-            if m.jnt_type[j] == SLIDE:
-                return centre, math.inf
-            radius += np.linalg.norm((centre - d.xanchor[j])[[0, 2]])
-            centre = d.xanchor[j]
-        b = m.body_parentid[b]
-    return centre.copy(), radius
+        radius = m.geom_rbound[g] or math.inf
+    for j in joints_above(m, m.geom_bodyid[g]):
+        if m.jnt_type[j] == SLIDE or abs(data.xaxis[j, 1]) < 1 - 1e-12:
+            return centre, math.inf
+        radius += np.linalg.norm((centre - data.xanchor[j])[[0, 2]])
+        centre = data.xanchor[j]
+    return centre, radius
 
 
-def separation(m, g1, disc1, disc2):
-    """A lower bound of the distance between two geoms; minus infinity when nothing is known."""
-    if m.geom_type[g1] != PLANE:
-        return np.linalg.norm((disc1[0] - disc2[0])[[0, 2]]) - disc1[1] - disc2[1]
-    if m.body_weldid[m.geom_bodyid[g1]]:
-        return -math.inf
-    d = mujoco.MjData(m)
-    mujoco.mj_kinematics(m, d)
-    return (disc2[0] - d.geom_xpos[g1]) @ d.geom_xmat[g1].reshape(3, 3)[:, 2] - disc2[1]
+def joints_above(m, body):
+    """Joints that move `body`, from the nearest to the root."""
+    while body:
+        yield from reversed(range(m.body_jntadr[body], m.body_jntadr[body] + m.body_jntnum[body]))
+        body = m.body_parentid[body]
 
 
 def proximity(m, tree, g1, g2):
-    """[(distance, normal from geom 1 to geom 2 (3,), midpoint (3,))]: one entry, two for a plane and a capsule."""
+    """[(distance, normal from geom 1 to 2 (3,), midpoint (3,))]: one entry, two for a plane and a capsule."""
     def pose(g):
         b = m.geom_bodyid[g]
         axis = tree.mat[b] @ rotation(m.geom_quat[g])[:, 2]
@@ -545,34 +548,31 @@ def proximity(m, tree, g1, g2):
     length = sqrt(dot(offset, offset))
     same = length < MINVAL
     inverse = 1.0 / where(same, 1.0, length)
-    normal = np.array([where(same, c, x * inverse) if not known(x, 0) else c for x, c in zip(offset, (1.0, 0.0, 0.0))],
-                      object)
+    normal = offset * inverse
+    normal[0] = where(same, 1.0, normal[0])
     distance = length - (r1 + r2)
     return [(distance, normal, p1 + normal * (r1 + 0.5 * distance))]
 
 
-def merge_copies(m, pairs):
-    """{pair: number of copies of each of its contacts}; a contact that an earlier one stands for has none.
+def merge_copies(m, pairs, touch):
+    """{pair: copies of each of its contacts}: a contact may stand for equal ones, which then have no copies.
 
-    The ends of capsules that only translate can always be at the same height over a plane. Such contacts are found
-    by running the same code on numbers.
+    Where bodies only translate, several capsule ends over a plane are at the same height whatever happens (of
+    ball_in_cup's ten such contacts three are left). They are found by running `proximity` on numbers.
     """
+    copies, first = {pair: [1, 1] for pair in pairs}, {}
+    if (m.jnt_type == HINGE).any() or len(touch):
+        return copies
     rng = np.random.RandomState(0)
-    trees = [forward_tree(m, list(rng.uniform(-2, 2, m.nq))) for _ in range(3)]
-    copies, seen = {}, {}
-    for g1, g2 in pairs:
-        bodies = tuple(m.geom_bodyid[[g1, g2]])
-        contacts = [proximity(m, tree, g1, g2) for tree in trees]
-        copies[g1, g2] = [1] * len(contacts[0])
-        if m.geom_type[g1] != PLANE or any(trees[0].anchor[d] is not None for b in bodies for d in trees[0].dofs[b]):
-            continue
-        for k in range(len(contacts[0])):
-            key = bodies + tuple(np.round([c[k][0] for c in contacts], 10)) + tuple(np.ravel(contacts[0][k][1]))
-            key += tuple(np.ravel(contact_parameters(m, g1, g2)[:1])) + tuple(np.concatenate(contact_parameters(m, g1, g2)[1:3]))
-            first, i = seen.setdefault(key, ((g1, g2), k))
-            if (first, i) != ((g1, g2), k):
-                copies[g1, g2][k] = 0
-                copies[first][i] += 1
+    trees = [forward_tree(m, rng.uniform(-2, 2, m.nq)) for _ in range(3)]
+    for pair in (pair for pair in pairs if m.geom_type[pair[0]] == PLANE):
+        parameters = np.hstack([m.geom_bodyid[list(pair)], *contact_parameters(m, *pair)])
+        for k, contacts in enumerate(zip(*(proximity(m, tree, *pair) for tree in trees))):
+            numbers = np.hstack([np.hstack(c[:2]).astype(float) for c in contacts])
+            other, i = first.setdefault(tuple(np.round([*parameters, *numbers], 10)), (pair, k))
+            if (other, i) != (pair, k):
+                copies[pair][k] = 0
+                copies[other][i] += 1
     return copies
 
 
@@ -623,7 +623,7 @@ def contact_rows(m, tree, v, pairs, touch):
 
 
 def relative_twist(tree, b1, b2, origin):
-    """Planar velocity (x, z at `origin`, and about y) of body 2 relative to body 1: three {dof: coefficient}."""
+    """Planar velocity (x, z at `origin`, about y) of body 2 relative to body 1: three {dof: coefficient}."""
     T = [{}, {}, {}]
     for body, sign in ((b1, -1.0), (b2, 1.0)):
         for d, column in tree.jacobian(body, origin).items():
@@ -643,7 +643,7 @@ def hits(m, tree, site, start, direction):
     return (c < 0.0) | ((b < 0.0) & (a * c < b * b))
 
 
-# ------------------------------------------------------------------------------------------------------ solver
+# ------------------------------------------------------------------------------------------ solver
 
 def islands(M, groups):
     """Split the dofs into sets that neither the mass matrix nor a group couples: [(dofs, groups)]."""
@@ -654,8 +654,8 @@ def islands(M, groups):
     for i, j in links:
         old, new = label[i], label[j]
         label = [new if k == old else k for k in label]
-    return [([d for d in range(len(M)) if label[d] == k], [g for g, dofs in zip(groups, touched) if label[dofs[0]] == k])
-            for k in sorted(set(label))]
+    return [([d for d in range(len(M)) if label[d] == k],
+             [g for g, dofs in zip(groups, touched) if label[dofs[0]] == k]) for k in sorted(set(label))]
 
 
 def residual(member, y):
@@ -666,7 +666,7 @@ def residual(member, y):
 def constrain(M, a0, groups, dtype):
     """Joint accelerations (nv,) that minimise 1/2 (a - a0)' M (a - a0) + costs of the constraints."""
     a = list(a0)
-    for dofs, coupled in islands(M, groups):
+    for dofs, coupled in islands(M, [g for g in groups if any(g.T)]):
         block = M[np.ix_(dofs, dofs)]
         members = [r for g in coupled for r in g.members]
         if len(members) == 1 and isinstance(members[0], Row):  # f = (aref - J a0) / (J M^-1 J' + R), clipped
@@ -684,11 +684,11 @@ def constrain(M, a0, groups, dtype):
 
 
 def newton(M, dofs, a0, groups, dtype):
-    """Primal Newton from the unconstrained acceleration, with a line search where the plain steps may cycle."""
+    """Primal Newton from the unconstrained acceleration, with a line search where plain steps may cycle."""
     start = np.array([a0[d] for d in dofs], object)
     members = [r for g in groups for r in g.members]
-    search = any(isinstance(r, Row) and r.lo > -math.inf or isinstance(r, Contact) and r.elliptic for r in members)
-    iterations, evaluations = (7, 3) if search else (5, 0)
+    smooth = all(r.lo == -math.inf if isinstance(r, Row) else not r.elliptic for r in members)
+    iterations, evaluations = (5, 0) if smooth and len(dofs) <= 4 else (7, 3)  # enough: tests/test_physics.py
 
     def iterate(_, values):
         a = np.array([Num(x) for x in values], object)
@@ -717,14 +717,14 @@ def newton(M, dofs, a0, groups, dtype):
             full = dict(zip(dofs, d))
             dxs = [[dot(j, y) for j in r.J] for group in groups for y in [group.coordinates(full)]
                    for r in group.members]
-            d = d * line_search(M, a - start, d, members, xs, dxs, dot(g, d), evaluations)
+            d = d * line_search(M, a - start, d, members, xs, dxs, dot(g, d), evaluations, dtype)
         return tuple(raw(c, dtype) for c in a + d)
 
     values = lax.fori_loop(0, iterations, iterate, tuple(jnp.asarray(raw(c, dtype)) for c in start))
     return [Num(c) for c in values]
 
 
-def line_search(M, offset, d, members, xs, dxs, slope0, evaluations):
+def line_search(M, offset, d, members, xs, dxs, slope0, evaluations, dtype):
     """A step length with a small derivative of the cost: 1 if that will do, else bracketed Newton steps."""
     linear, quadratic = dot(d, M @ offset), dot(d, M @ d)
 
@@ -736,36 +736,33 @@ def line_search(M, offset, d, members, xs, dxs, slope0, evaluations):
             second = second + dot([dot(w, dx) for w in r.hessian(at)], dx)
         return settle([first, second])
 
-    lo, hi, slope_lo, alpha = 0.0, 1.0, slope0, 1.0
-    s, curvature = slope(1.0)
-    slope_hi = s
-    done = s <= -1e-4 * slope0
-    for _ in range(evaluations):
+    def refine(_, values):
+        alpha, lo, hi, slope_lo, slope_hi = (Num(x) for x in values)
+        s, curvature = slope(alpha)
+        low = s <= -1e-4 * slope0
+        lo, slope_lo = where(low, alpha, lo), where(low, s, slope_lo)
+        hi, slope_hi = where(low, hi, alpha), where(low, slope_hi, s)
         newton_step = alpha - s / curvature
         secant = lo - (hi - lo) * slope_lo / maximum(slope_hi - slope_lo, 1e-30)
         inside = (newton_step > lo) & (newton_step < hi)
-        alpha = where(done, alpha, where(inside, newton_step, secant))
-        s, curvature = slope(alpha)
-        low = s < 0.0
-        lo, slope_lo = where(low, alpha, lo), where(low, s, slope_lo)
-        hi, slope_hi = where(low, hi, alpha), where(low, slope_hi, s)
-    return alpha
+        alpha = where(lo < 1.0, where(inside, newton_step, secant), 1.0)  # lo = 1: the full step will do
+        return tuple(raw(x, dtype) for x in (alpha, lo, hi, slope_lo, slope_hi))
+
+    first = tuple(jnp.asarray(raw(x, dtype), dtype) for x in (1.0, 0.0, 1.0, slope0, 0.0))
+    return Num(lax.fori_loop(0, evaluations, refine, first)[0])
 
 
-# ---------------------------------------------------------------------------------------------------- refusals
+# ---------------------------------------------------------------------------------------- refusals
 
 def refuse(m, feature, kind=None, index=0):
-    element = ""
-    if kind is not None:
-        name = mujoco.mj_id2name(m, getattr(mujoco.mjtObj, f"mjOBJ_{kind.upper()}"), int(index))
-        element = f" ({kind} {name!r})" if name else f" ({kind} {int(index)})"
-    raise NotImplementedError(f'the fused step does not implement {feature}{element}; backend="mjx" runs it')
+    name = kind and mujoco.mj_id2name(m, getattr(mujoco.mjtObj, f"mjOBJ_{kind.upper()}"), int(index))
+    element = f" ({kind} {repr(name) if name else int(index)})" if kind else ""
+    raise NotImplementedError(f'the fused step does not implement {feature}{element}: use backend="mjx"')
 
 
 def check_joints(m):
-    for j in range(m.njnt):
-        if m.jnt_type[j] not in (SLIDE, HINGE):
-            refuse(m, "ball and free joints", "joint", j)
+    for j in np.flatnonzero(~np.isin(m.jnt_type, (SLIDE, HINGE))):
+        refuse(m, "ball and free joints", "joint", j)
     for b in np.flatnonzero(m.body_mocapid >= 0):
         refuse(m, "mocap bodies", "body", b)
 
@@ -780,85 +777,74 @@ def check(m):
         refuse(m, f"the integrator {INTEGRATOR(opt.integrator).name}")
     if opt.noslip_iterations:
         refuse(m, "the noslip solver")
-    harmless = (bits.mjDSBL_EQUALITY | bits.mjDSBL_WARMSTART | bits.mjDSBL_ISLAND | bits.mjDSBL_MIDPHASE
-                | bits.mjDSBL_AUTORESET | bits.mjDSBL_MULTICCD | bits.mjDSBL_NATIVECCD)
-    handled = (bits.mjDSBL_CONSTRAINT | bits.mjDSBL_FRICTIONLOSS | bits.mjDSBL_LIMIT | bits.mjDSBL_CONTACT
-               | bits.mjDSBL_GRAVITY | bits.mjDSBL_CLAMPCTRL | bits.mjDSBL_FILTERPARENT)
-    for flags, allowed, enum in ((opt.disableflags, harmless | handled, bits),
-                                 (opt.enableflags, mujoco.mjtEnableBit.mjENBL_ENERGY, mujoco.mjtEnableBit)):
-        for bit in (1 << i for i in range(31)):
-            if flags & ~int(allowed) & bit:
-                refuse(m, f"the option flag {enum(bit).name}")
-    counts = dict(neq="equality constraints", nflex="flexes", nplugin="plugins", npair="explicit contact pairs",
-                  na="actuator activations", nhistory="delays", ngravcomp="gravity compensation",
-                  flg_adhesion="adhesion", flg_surfacevel="surface velocities")
-    kinds = dict(neq="equality", nflex="flex", nplugin="plugin", npair="pair", na="actuator")
-    for field, feature in counts.items():
-        if getattr(m, field, 0):
-            refuse(m, feature, kinds.get(field))
-    per_element = (
-        ("joint", "polynomial stiffness", "jnt_stiffnesspoly"), ("joint", "force limits", "jnt_actfrclimited"),
-        ("tendon", "tendon stiffness", "tendon_stiffness"), ("tendon", "tendon damping", "tendon_damping"),
-        ("tendon", "polynomial tendon stiffness", "tendon_stiffnesspoly"),
-        ("tendon", "polynomial tendon damping", "tendon_dampingpoly"),
-        ("tendon", "tendon friction loss", "tendon_frictionloss"), ("tendon", "tendon armature", "tendon_armature"),
-        ("tendon", "tendon force limits", "tendon_actfrclimited"),
-        ("actuator", "actuator damping", "actuator_damping"), ("actuator", "actuator armature", "actuator_armature"),
-        ("actuator", "polynomial actuator damping", "actuator_dampingpoly"),
-        ("actuator", "gains other than fixed", "actuator_gaintype"),
-        ("actuator", "actuator biases", "actuator_biastype"), ("actuator", "actuator dynamics", "actuator_dyntype"))
-    for kind, feature, field in per_element:
-        for i, value in enumerate(getattr(m, field, ())):
-            if np.any(value):
+    handled = "CONSTRAINT FRICTIONLOSS LIMIT CONTACT GRAVITY CLAMPCTRL FILTERPARENT"
+    harmless = "EQUALITY WARMSTART ISLAND MIDPHASE AUTORESET MULTICCD NATIVECCD"
+    allowed = sum(int(getattr(bits, f"mjDSBL_{name}")) for name in f"{handled} {harmless}".split())
+    for enum, flags in ((bits, opt.disableflags & ~allowed),
+                        (mujoco.mjtEnableBit, opt.enableflags & ~int(mujoco.mjtEnableBit.mjENBL_ENERGY))):
+        if flags:
+            refuse(m, f"the option flag {enum(flags & -flags).name}")
+
+    def wraps(t):
+        return m.wrap_type[m.tendon_adr[t]:m.tendon_adr[t] + m.tendon_num[t]]
+
+    def narrow(bounds, margin):
+        return np.array([hi - lo < 2 * gap for (lo, hi), gap in zip(bounds, margin)], bool)
+
+    fixed = [bool((wraps(t) == WRAP.mjWRAP_JOINT).all()) for t in range(m.ntendon)]
+    touch, target = m.sensor_type == mujoco.mjtSensor.mjSENS_TOUCH, m.actuator_trnid[:, 0]
+    round_zones = (SPHERE, int(GEOM.mjGEOM_ELLIPSOID))
+    zones = [t and m.site_type[s] not in round_zones for t, s in zip(touch, m.sensor_objid)]
+    for kind, feature, offending in (
+            ("equality", "equality constraints", [True] * m.neq), ("flex", "flexes", [True] * m.nflex),
+            ("pair", "explicit contact pairs", [True] * m.npair), ("plugin", "plugins", [True] * m.nplugin),
+            ("body", "gravity compensation", m.body_gravcomp),
+            ("joint", "polynomial stiffness", m.jnt_stiffnesspoly),
+            ("joint", "force limits", m.jnt_actfrclimited),
+            ("joint", "polynomial damping", m.dof_dampingpoly),  # one dof per joint here
+            ("joint", "limits active on both sides", m.jnt_limited & narrow(m.jnt_range, m.jnt_margin)),
+            ("tendon", "limits active on both sides",
+             m.tendon_limited & narrow(m.tendon_range, m.tendon_margin)),
+            ("tendon", "tendon pulleys and wrapping", [not f and (wraps(t) != WRAP.mjWRAP_SITE).any()
+                                                       for t, f in enumerate(fixed)]),
+            *(("tendon", f"tendon {field}", getattr(m, f"tendon_{field}"))
+              for field in ("stiffness", "stiffnesspoly", "damping", "dampingpoly", "frictionloss",
+                            "armature", "actfrclimited")),
+            ("actuator", "actuator activations", m.actuator_dyntype),
+            ("actuator", "gains other than fixed", m.actuator_gaintype),
+            ("actuator", "actuator biases", m.actuator_biastype),
+            *(("actuator", f"actuator {field}", getattr(m, f"actuator_{field}"))
+              for field in ("delay", "damping", "dampingpoly", "armature")),
+            ("actuator", "transmissions other than joints and fixed tendons",
+             [t != TRN.mjTRN_JOINT and not (t == TRN.mjTRN_TENDON and fixed[i])
+              for t, i in zip(m.actuator_trntype, target)]),
+            ("sensor", "touch zones other than spheres and ellipsoids", zones),
+            ("sensor", "cutoffs of touch sensors", touch & (m.sensor_cutoff > 0))):
+        for i, bad in enumerate(offending):
+            if np.any(bad):
                 refuse(m, feature, kind, i)
-    for d in range(m.nv):
-        if np.any(getattr(m, "dof_dampingpoly", np.zeros(m.nv))[d]):
-            refuse(m, "polynomial damping", "joint", m.dof_jntid[d])
-    for i in range(m.nu):
-        target, transmission = m.actuator_trnid[i, 0], m.actuator_trntype[i]
-        fixed = transmission == TRN.mjTRN_TENDON and m.wrap_type[m.tendon_adr[target]] == WRAP.mjWRAP_JOINT
-        if transmission != TRN.mjTRN_JOINT and not fixed:
-            refuse(m, "transmissions other than joints and fixed tendons", "actuator", i)
-    for t in range(m.ntendon):
-        wraps = m.wrap_type[m.tendon_adr[t]:m.tendon_adr[t] + m.tendon_num[t]]
-        if not np.isin(wraps, (WRAP.mjWRAP_JOINT, WRAP.mjWRAP_SITE)).all():
-            refuse(m, "tendon pulleys and wrapping", "tendon", t)
-    for kind, limited, span, margin in (("joint", m.jnt_limited, m.jnt_range, m.jnt_margin),
-                                        ("tendon", m.tendon_limited, m.tendon_range, m.tendon_margin)):
-        for i in np.flatnonzero(limited):
-            if span[i, 1] - span[i, 0] < 2 * margin[i]:
-                refuse(m, "limits whose two sides are active together", kind, i)
-    for i in np.flatnonzero(m.sensor_type == mujoco.mjtSensor.mjSENS_TOUCH):
-        if m.site_type[m.sensor_objid[i]] not in (SPHERE, int(GEOM.mjGEOM_ELLIPSOID)):
-            refuse(m, "touch zones other than spheres and ellipsoids", "sensor", i)
-        if m.sensor_cutoff[i]:
-            refuse(m, "cutoffs of touch sensors", "sensor", i)
     check_contacts(m, contact_pairs(m))
 
 
 def check_contacts(m, pairs):
-    """Contacts must lie in the x-z plane, between planes, spheres and capsules, with sliding friction only."""
+    """Contacts must lie in the x-z plane, between planes, spheres and capsules, with sliding friction."""
     d = mujoco.MjData(m)
     mujoco.mj_kinematics(m, d)
-    for pair in pairs:
-        for g in pair:
-            kind, axis = m.geom_type[g], d.geom_xmat[g].reshape(3, 3)[:, 2]
-            if kind not in (PLANE, SPHERE, CAPSULE):
-                refuse(m, f"collisions of type {GEOM(kind).name}", "geom", g)
-            if m.geom_condim[g] != 3:
-                refuse(m, f"condim {m.geom_condim[g]} (only 3)", "geom", g)
-            if m.geom_gap[g]:
-                refuse(m, "contact gaps", "geom", g)
-            b = m.geom_bodyid[g]
-            while b:
-                for j in range(m.body_jntadr[b], m.body_jntadr[b] + m.body_jntnum[b]):
-                    along = abs(d.xaxis[j, 1])
-                    if along > 1e-12 if m.jnt_type[j] == SLIDE else along < 1 - 1e-12:
-                        refuse(m, "contacts of bodies that leave the x-z plane", "joint", j)
-                b = m.body_parentid[b]
-            if kind != SPHERE and abs(axis[1]) > 1e-12:
-                refuse(m, "contact tangents outside the x-z plane", "geom", g)
-        g1, g2 = pair
+    for g in dict.fromkeys(g for pair in pairs for g in pair):
+        if m.geom_type[g] not in (PLANE, SPHERE, CAPSULE):
+            refuse(m, f"collisions of type {GEOM(m.geom_type[g]).name}", "geom", g)
+        if m.geom_condim[g] != 3:
+            refuse(m, f"condim {m.geom_condim[g]} (only 3)", "geom", g)
+        if m.geom_gap[g]:
+            refuse(m, "contact gaps", "geom", g)
+        if getattr(m, "flg_adhesion", 0) or getattr(m, "flg_surfacevel", 0):
+            refuse(m, "adhesion and surface velocities of geoms")
+        for j in joints_above(m, m.geom_bodyid[g]):
+            if abs(abs(d.xaxis[j, 1]) - (m.jnt_type[j] == HINGE)) > 1e-12:
+                refuse(m, "contacts of bodies that leave the x-z plane", "joint", j)
+        if m.geom_type[g] != SPHERE and abs(d.geom_xmat[g, 5]) > 1e-12:
+            refuse(m, "contact tangents outside the x-z plane", "geom", g)
+    for g1, g2 in pairs:
         if m.geom_type[g1] == PLANE == m.geom_type[g2]:
             refuse(m, "collisions between planes", "geom", g1)
         if m.geom_type[g1] != PLANE and abs(d.geom_xpos[g1, 1] - d.geom_xpos[g2, 1]) > 1e-12:
@@ -867,7 +853,7 @@ def check_contacts(m, pairs):
             refuse(m, "contacts without friction", "geom", g1)
 
 
-# -------------------------------------------------------------------------------------------------- public API
+# -------------------------------------------------------------------------------------- public API
 
 def make_step(model, substeps=1, backend="fused"):
     """Compile `model` into one control step.
@@ -878,11 +864,12 @@ def make_step(model, substeps=1, backend="fused"):
       backend: "fused" (this file) or "mjx" (MuJoCo's JAX port: slower, covers more models).
 
     Returns:
-      step(qpos (nq,), qvel (nv,), ctrl (nu,), wrap_prm=None) -> (qpos (nq,), qvel (nv,), touch (n_touch,)), in
+      step(qpos (nq,), qvel (nv,), ctrl (nu,), wrap_prm=None) -> (qpos (nq,), qvel (nv,), touch (ntouch,)), in
       the dtype of `qpos` (float32, or float64 under x64), jitted and unbatched: use `jax.vmap`. `ctrl` is
       clipped to its range as MuJoCo does. `touch` are the normal forces (newtons) of the touch sensors in
       model order, as dm_control shows them after `Physics.step`: those of the last substep, before it is
-      integrated. `wrap_prm` (nwrap,) replaces `model.wrap_prm` (coefficients of fixed tendons) by traced values.
+      integrated. `wrap_prm` (nwrap,) replaces `model.wrap_prm` (coefficients of fixed tendons; with "mjx"
+      only what motors at these tendons do changes).
 
     Raises:
       NotImplementedError: names the feature and the element that the fused step lacks.
@@ -894,16 +881,15 @@ def make_step(model, substeps=1, backend="fused"):
         raise ValueError(f'backend must be "fused" or "mjx", not {backend!r}')
     m = model
     check(m)
-    pairs = merge_copies(m, contact_pairs(m))
     touch = m.sensor_objid[m.sensor_type == mujoco.mjtSensor.mjSENS_TOUCH]
+    pairs = merge_copies(m, contact_pairs(m), touch)
     h = float(m.opt.timestep)
 
     @jax.jit
     def step(qpos, qvel, ctrl, wrap_prm=None):
         dtype = qpos.dtype
-        scalars = lambda array: [Num(array[i].astype(dtype)) for i in range(array.shape[0])]
-        wraps = const(m.wrap_prm) if wrap_prm is None else scalars(wrap_prm)
-        tau = actuation(m, scalars(ctrl), wraps)
+        wraps = const(m.wrap_prm) if wrap_prm is None else scalars(wrap_prm, dtype)
+        tau = actuation(m, scalars(ctrl, dtype), wraps)
 
         def forward(q, v):
             """Constrained acceleration (nv,), mass matrix (nv, nv) and touch forces."""
@@ -916,7 +902,7 @@ def make_step(model, substeps=1, backend="fused"):
             M, force = settle(M), settle(force)
             a = solve(factor(M), force)
             forces = [0.0] * len(touch)
-            if not m.opt.disableflags & mujoco.mjtDisableBit.mjDSBL_CONSTRAINT:
+            if not off(m, "CONSTRAINT"):
                 contacts = contact_rows(m, tree, v, pairs, touch)
                 a = constrain(M, a, scalar_rows(m, tree, q, v, wraps) + contacts, dtype)
                 for contact, y in ((c, group.coordinates(a)) for group in contacts for c in group.members):
@@ -947,7 +933,7 @@ def make_step(model, substeps=1, backend="fused"):
             q, v = (np.array([Num(x) for x in part], object) for part in state[:2])
             return tuple(tuple(jnp.asarray(raw(x, dtype)) for x in part) for part in integrate(q, v))
 
-        state = tuple(tuple(x.x for x in scalars(array)) for array in (qpos, qvel))
+        state = tuple(tuple(x.x for x in scalars(array, dtype)) for array in (qpos, qvel))
         state += ((jnp.zeros((), dtype),) * len(touch),)
         state = substep(0, state) if substeps == 1 else lax.fori_loop(0, substeps, substep, state)
         return tuple(jnp.stack(part) if part else jnp.zeros(0, dtype) for part in state)
@@ -960,7 +946,7 @@ def actuation(m, ctrl, wrap_prm):
     tau = zeros(m.nv)
     for i in range(m.nu):
         u = ctrl[i]
-        if m.actuator_ctrllimited[i] and not m.opt.disableflags & mujoco.mjtDisableBit.mjDSBL_CLAMPCTRL:
+        if m.actuator_ctrllimited[i] and not off(m, "CLAMPCTRL"):
             u = clip(u, *map(float, m.actuator_ctrlrange[i]))
         force = u * float(m.actuator_gainprm[i, 0])
         if m.actuator_forcelimited[i]:
@@ -992,9 +978,9 @@ def make_kinematics(model):
 
     def kinematics(qpos):
         dtype = qpos.dtype
-        tree = forward_tree(m, [Num(qpos[i]) for i in range(m.nq)])
+        tree = forward_tree(m, scalars(qpos, dtype))
         stack = lambda values, *shape: jnp.stack(
-            [jnp.asarray(raw(x, dtype), dtype) for x in np.ravel(values)] or [jnp.zeros(0, dtype)]).reshape(shape)
+            [jnp.asarray(raw(x, dtype), dtype) for x in np.ravel(values)] or [jnp.zeros(0)]).reshape(shape)
         geoms = [tree.pos[b] + tree.mat[b] @ const(p) for b, p in zip(m.geom_bodyid, m.geom_pos)]
         sites = [point(m, tree, s) for s in range(m.nsite)]
         return Kinematics(stack(tree.pos, m.nbody, 3), stack(tree.mat, m.nbody, 3, 3),
@@ -1004,7 +990,7 @@ def make_kinematics(model):
 
 
 def make_min_distance(model):
-    """min_distance(qpos (nq,)) -> () metres: the smallest distance, less its margin, of the pairs that can collide.
+    """min_distance(qpos (nq,)) -> () metres: smallest distance, less margin, of the pairs that can collide.
 
     MuJoCo's `ncon == 0` is `min_distance >= 0`; infinite when no pair can collide. Raises as `make_step`.
     """
@@ -1014,7 +1000,7 @@ def make_min_distance(model):
     check_contacts(m, pairs)
 
     def min_distance(qpos):
-        tree, smallest = forward_tree(m, [Num(qpos[i]) for i in range(m.nq)]), math.inf
+        tree, smallest = forward_tree(m, scalars(qpos, qpos.dtype)), math.inf
         for g1, g2 in pairs:
             margin = contact_parameters(m, g1, g2)[3]
             for distance, _, _ in proximity(m, tree, g1, g2):
@@ -1025,7 +1011,7 @@ def make_min_distance(model):
 
 
 def make_mjx_step(model, substeps):
-    """`make_step` on MuJoCo's JAX port, with the same options (its energy flag, which it refuses, cleared)."""
+    """`make_step` on MuJoCo's JAX port, with the same options (less the energy flag, which it refuses)."""
     import copy
 
     from mujoco import mjx
@@ -1038,10 +1024,13 @@ def make_mjx_step(model, substeps):
     @jax.jit
     def step(qpos, qvel, ctrl, wrap_prm=None):
         dtype = qpos.dtype
-        changed = m if wrap_prm is None else m.replace(wrap_prm=wrap_prm)
         d = jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, blank)
         d = d.replace(qpos=qpos, qvel=qvel.astype(dtype), ctrl=ctrl.astype(dtype))
-        d = lax.fori_loop(0, substeps, lambda _, d: mjx.step(changed, d), d)
+        if wrap_prm is not None:  # MJX wants it known when tracing: turn the motors' forces into applied ones
+            tau = actuation(model, scalars(ctrl, dtype), scalars(wrap_prm, dtype))
+            tau = jnp.stack([jnp.asarray(raw(x, dtype), dtype) for x in tau])
+            d = d.replace(ctrl=jnp.zeros_like(d.ctrl), qfrc_applied=tau)
+        d = lax.fori_loop(0, substeps, lambda _, d: mjx.step(m, d), d)
         return d.qpos, d.qvel, d.sensordata[adr]
 
     return step
