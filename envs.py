@@ -9,9 +9,9 @@
     state, inputs, out = lanes.step(state, action, t)
 
 The reference is dm_control itself: its models (physics only, in this file), control step, observation order,
-reward and initial states. It is not needed to run: with `physics.py` beside it this file wants jax, mujoco and
-gymnax only (brax for brax tasks). After Lu et al. 2023 (arXiv 2303.03982), an agent meets a task through *random
-linear projections* of observation and action, fresh ones in every trial. The notes in DMC and Lanes say how.
+reward and initial states. It is not needed to run: with `physics.py` beside it this file wants jax, mujoco
+and gymnax only (brax for brax tasks). After Lu et al. 2023 (arXiv 2303.03982), an agent meets a task through
+*random linear projections* of observation and action, fresh ones in every trial: see Lanes.
 """
 import dataclasses
 import difflib
@@ -35,7 +35,10 @@ import physics
 # ---------------------------------------------------------------------------------------------------------
 BALL_IN_CUP = """<mujoco>
   <default>
-    <default class="cup"><joint type="slide" stiffness="20" damping="3"/><geom type="capsule" size=".008"/></default>
+    <default class="cup">
+      <joint type="slide" stiffness="20" damping="3"/>
+      <geom type="capsule" size=".008"/>
+    </default>
     <motor gear="5" ctrlrange="-1 1"/>
   </default>
   <worldbody>
@@ -57,7 +60,9 @@ BALL_IN_CUP = """<mujoco>
       <site name="ball"/>
     </body>
   </worldbody>
-  <tendon><spatial name="string" limited="true" range="0 .3"><site site="ball"/><site site="cup"/></spatial></tendon>
+  <tendon>
+    <spatial name="string" limited="true" range="0 .3"><site site="ball"/><site site="cup"/></spatial>
+  </tendon>
   <actuator><motor name="x" joint="cup_x"/><motor name="z" joint="cup_z"/></actuator>
 </mujoco>"""
 
@@ -77,7 +82,7 @@ CARTPOLE = """<mujoco>
 </mujoco>"""
 
 # The cylinders weigh but do not collide here: one is out of reach of the spinner, the other inside it. The
-# ground is out of the finger's reach. dm_control writes the spin task's hinge damping into the compiled model.
+# ground is out of the finger's reach. The hinge damping is .5, but .03 in the spin task.
 FINGER = """<mujoco>
   <option timestep=".01" cone="elliptic" iterations="200"><flag gravity="disable"/></option>
   <default>
@@ -174,7 +179,7 @@ class DMCState:
 
 
 def tolerance(x, lower=0.0, upper=0.0, margin=0.0, quadratic=False):
-    """1 where lower <= x <= upper, else falling with the distance over `margin` (dm_control utils/rewards.py).
+    """1 where lower <= x <= upper, else falling with distance / margin (dm_control utils/rewards.py).
 
     The fall is Gaussian, 0.1 at the margin, or a parabola that is 0 from the margin on. Margin 0 is a step.
     """
@@ -190,32 +195,39 @@ def direction(angle):
     return jnp.stack([jnp.sin(angle), jnp.cos(angle)])
 
 
-def random_joints(key, model):
+# Every start is a function of NUM_UNIFORM uniform random numbers in (0, 1), because one draw of many numbers
+# compiles far faster than many draws of a few. The first four are for targets and the like.
+CANDIDATES = 20
+NUM_UNIFORM = 4 + 3 * CANDIDATES
+
+
+def between(u, low, high):
+    return low + (high - low) * u
+
+
+def random_joints(u, model):
     """Joint positions, uniform within limits and in [-pi, pi] without (suite/utils/randomizers.py)."""
     low, high = np.where(model.jnt_limited[:, None], model.jnt_range, [-np.pi, np.pi]).T
-    return jax.random.uniform(key, (model.nq,), minval=low, maxval=high)
+    return between(u[4:4 + model.nq], low, high)
 
 
-def collision_free(key, draw, min_distance):
-    """Draws draw(key) -> qpos until nothing touches."""
+def first_free(qpos, min_distance):
+    """The first of CANDIDATES positions (., nq) in which nothing touches: rejection sampling without a loop.
 
-    def again(carry):
-        key, draw_key = jax.random.split(carry[0])
-        return key, draw(draw_key)
-
-    return jax.lax.while_loop(lambda carry: min_distance(carry[1]) < 0, again, again((key, None)))[1]
+    One candidate touches with probability 0.10 (finger) or 0.18 (ball_in_cup), all with less than 1e-14.
+    """
+    return qpos[jnp.argmax(jax.vmap(min_distance)(qpos) >= 0)]
 
 
-def cup_start(key, env):  # suite/ball_in_cup.py
-    def draw(key):
-        ball = jax.random.uniform(key, (2,), minval=jnp.array([-0.2, 0.2]), maxval=jnp.array([0.2, 0.5]))
-        return jnp.concatenate([jnp.zeros(2), ball])
-
-    return DMCState(collision_free(key, draw, env.min_distance), jnp.zeros(4), 0)
+def cup_start(u, env):  # suite/ball_in_cup.py
+    ball = u[4:4 + 2 * CANDIDATES].reshape(CANDIDATES, 2)
+    ball = between(ball, jnp.array([-0.2, 0.2]), jnp.array([0.2, 0.5]))
+    return DMCState(first_free(jnp.pad(ball, ((0, 0), (2, 0))), env.min_distance), jnp.zeros(4), 0)
 
 
 def cup_reward(s, ctrl):
-    cup, ball = s.qpos[:2] + jnp.array([0, 0.55]), s.qpos[2:] + jnp.array([0, 0.2])  # cup: of its inner square
+    cup = s.qpos[:2] + jnp.array([0, 0.55])  # the centre of its inner square
+    ball = s.qpos[2:] + jnp.array([0, 0.2])
     return (jnp.abs(cup - ball) < 0.05 - 0.025).all()
 
 
@@ -223,13 +235,13 @@ def positions(s):
     return [s.qpos, s.qvel]
 
 
-def cartpole_start(key, env, swingup):  # suite/cartpole.py
-    place, speed = jax.random.split(key)
+def cartpole_start(u, env, swingup):  # suite/cartpole.py
+    normal = jax.scipy.special.ndtri(u[:4])
     if swingup:
-        qpos = jnp.array([0, jnp.pi]) + 0.01 * jax.random.normal(place, (2,))
+        qpos = jnp.array([0, jnp.pi]) + 0.01 * normal[:2]
     else:
-        qpos = jnp.array([0.1, 0.034]) * jax.random.uniform(place, (2,), minval=-1.0, maxval=1.0)
-    return DMCState(qpos, 0.01 * jax.random.normal(speed, (2,)), 0)
+        qpos = jnp.array([0.1, 0.034]) * between(u[:2], -1, 1)
+    return DMCState(qpos, 0.01 * normal[2:], 0)
 
 
 def cartpole_observe(s):
@@ -244,11 +256,11 @@ def cartpole_reward(s, ctrl):
     return upright * small_control * small_velocity * centred
 
 
-def finger_start(key, env, turn):  # suite/finger.py
-    angle_key, key = jax.random.split(key)
-    qpos = collision_free(key, lambda k: random_joints(k, env.model), env.min_distance)
-    angle = jax.random.uniform(angle_key, minval=-jnp.pi, maxval=jnp.pi)
-    return DMCState(qpos, jnp.zeros(3), 0, jnp.zeros(2), target=0.13 * direction(angle) if turn else None)
+def finger_start(u, env, turn):  # suite/finger.py
+    candidates = jnp.pad(u[4:].reshape(CANDIDATES, 3), ((0, 0), (4, 0)))
+    qpos = first_free(jax.vmap(lambda v: random_joints(v, env.model))(candidates), env.min_distance)
+    target = 0.13 * direction(between(u[0], -jnp.pi, jnp.pi)) if turn else None
+    return DMCState(qpos, jnp.zeros(3), 0, jnp.zeros(2), target)
 
 
 def finger_tip(s):
@@ -272,8 +284,8 @@ def turn_reward(s, ctrl, radius):
     return finger_distance(s, radius) <= 0
 
 
-def pendulum_start(key, env):  # suite/pendulum.py
-    return DMCState(random_joints(key, env.model), jnp.zeros(1), 0)
+def pendulum_start(u, env):  # suite/pendulum.py
+    return DMCState(random_joints(u, env.model), jnp.zeros(1), 0)
 
 
 def pendulum_observe(s):
@@ -284,17 +296,14 @@ def pendulum_reward(s, ctrl):
     return jnp.cos(s.qpos[0]) >= math.cos(math.radians(8))
 
 
-def point_mass_start(key, env, hard):  # suite/point_mass.py
-    place, first, between = jax.random.split(key, 3)
+def point_mass_start(u, env, hard):  # suite/point_mass.py
     wrap_prm = None
     if hard:  # the second direction is anything whose |cosine| with the first is at most 0.9, to either side
         near = math.acos(0.9)
-        first = jax.random.uniform(first, maxval=2 * jnp.pi)
-        between, side = jax.random.split(between)
-        between = jax.random.uniform(between, minval=near, maxval=math.pi - near)
-        second = first + between * jax.random.rademacher(side, (), dtype=between.dtype)
+        first = between(u[0], 0, 2 * jnp.pi)
+        second = first + between(u[1], near, math.pi - near) * jnp.where(u[2] < 0.5, -1, 1)
         wrap_prm = jnp.concatenate([direction(first), direction(second)])
-    return DMCState(random_joints(place, env.model), jnp.zeros(2), 0, wrap_prm=wrap_prm)
+    return DMCState(random_joints(u, env.model), jnp.zeros(2), 0, wrap_prm=wrap_prm)
 
 
 def point_mass_reward(s, ctrl):
@@ -302,16 +311,14 @@ def point_mass_reward(s, ctrl):
     return near_target * (4 + tolerance(ctrl, margin=1.0, quadratic=True).mean()) / 5
 
 
-def reacher_start(key, env):  # suite/reacher.py
-    place, angle, radius = jax.random.split(key, 3)
-    angle = jax.random.uniform(angle, maxval=2 * jnp.pi)
-    radius = jax.random.uniform(radius, minval=0.05, maxval=0.2)
-    return DMCState(random_joints(place, env.model), jnp.zeros(2), 0, target=radius * direction(angle))
+def reacher_start(u, env):  # suite/reacher.py
+    target = between(u[1], 0.05, 0.2) * direction(between(u[0], 0, 2 * jnp.pi))
+    return DMCState(random_joints(u, env.model), jnp.zeros(2), 0, target=target)
 
 
 def reacher_to_target(s):
-    shoulder, wrist = s.qpos[0], s.qpos[0] + s.qpos[1]
-    return s.target - 0.12 * jnp.stack([jnp.cos(shoulder) + jnp.cos(wrist), jnp.sin(shoulder) + jnp.sin(wrist)])
+    upper, lower = s.qpos[0], s.qpos[0] + s.qpos[1]  # angles of the two links, both 0.12 long
+    return s.target - 0.12 * jnp.stack([jnp.cos(upper) + jnp.cos(lower), jnp.sin(upper) + jnp.sin(lower)])
 
 
 def reacher_observe(s):
@@ -326,28 +333,45 @@ class Task(NamedTuple):
     model: str  # MJCF
     substeps: int  # physics steps in a control step
     obs_dim: int
-    start: Callable  # (key, env) -> DMCState
+    start: Callable  # ((NUM_UNIFORM,) numbers in (0, 1), env) -> DMCState
     observe: Callable  # (state) -> list of (k,) arrays, dm_control's observation in its order
     reward: Callable  # (state after the step, ctrl as given) -> scalar
 
 
 part = functools.partial
-FINGER_SPIN, FINGER_TURN = (FINGER.replace("HINGE_DAMPING", damping) for damping in (".03", ".5"))
+
+
+def cartpole(swingup):
+    return Task(CARTPOLE, 1, 5, part(cartpole_start, swingup=swingup), cartpole_observe, cartpole_reward)
+
+
+def finger_turn(radius):
+    return Task(FINGER.replace("HINGE_DAMPING", ".5"), 2, 12, part(finger_start, turn=True),
+                part(finger_observe, radius=radius), part(turn_reward, radius=radius))
+
+
+def point_mass(hard):
+    return Task(POINT_MASS, 1, 4, part(point_mass_start, hard=hard), positions, point_mass_reward)
+
+
+def reacher(radius):
+    return Task(REACHER, 1, 6, reacher_start, reacher_observe, part(reacher_reward, radius=radius))
+
+
 TASKS = {
     "ball_in_cup-catch": Task(BALL_IN_CUP, 10, 8, cup_start, positions, cup_reward),
-    "cartpole-swingup": Task(CARTPOLE, 1, 5, part(cartpole_start, swingup=True), cartpole_observe, cartpole_reward),
-    "finger-spin": Task(FINGER_SPIN, 2, 9, part(finger_start, turn=False), finger_observe, spin_reward),
-    "finger-turn_hard": Task(FINGER_TURN, 2, 12, part(finger_start, turn=True), part(finger_observe, radius=0.03),
-                             part(turn_reward, radius=0.03)),
-    "point_mass-easy": Task(POINT_MASS, 1, 4, part(point_mass_start, hard=False), positions, point_mass_reward),
-    "reacher-easy": Task(REACHER, 1, 6, reacher_start, reacher_observe, part(reacher_reward, radius=0.05)),
+    "cartpole-swingup": cartpole(swingup=True),
+    "finger-spin": Task(FINGER.replace("HINGE_DAMPING", ".03"), 2, 9, part(finger_start, turn=False),
+                        finger_observe, spin_reward),
+    "finger-turn_hard": finger_turn(0.03),
+    "point_mass-easy": point_mass(hard=False),
+    "reacher-easy": reacher(0.05),
     # held out from training
-    "cartpole-balance": Task(CARTPOLE, 1, 5, part(cartpole_start, swingup=False), cartpole_observe, cartpole_reward),
-    "finger-turn_easy": Task(FINGER_TURN, 2, 12, part(finger_start, turn=True), part(finger_observe, radius=0.07),
-                             part(turn_reward, radius=0.07)),
+    "cartpole-balance": cartpole(swingup=False),
+    "finger-turn_easy": finger_turn(0.07),
     "pendulum-swingup": Task(PENDULUM, 1, 3, pendulum_start, pendulum_observe, pendulum_reward),
-    "point_mass-hard": Task(POINT_MASS, 1, 4, part(point_mass_start, hard=True), positions, point_mass_reward),
-    "reacher-hard": Task(REACHER, 1, 6, reacher_start, reacher_observe, part(reacher_reward, radius=0.015)),
+    "point_mass-hard": point_mass(hard=True),
+    "reacher-hard": reacher(0.015),
 }
 TRAIN_TASKS, HELD_OUT_TASKS = tuple(TASKS)[:6], tuple(TASKS)[6:]
 
@@ -388,8 +412,8 @@ class DMC(environment.Environment):
         return jnp.concatenate(TASKS[self.task].observe(state)).astype(jnp.float32)
 
     def reset_env(self, key, params):
-        state = TASKS[self.task].start(key, self)
-        state = state.replace(time=jnp.int32(0))
+        u = jax.random.uniform(key, (NUM_UNIFORM,), minval=1e-7)  # 0 would be an infinite normal variate
+        state = TASKS[self.task].start(u, self).replace(time=jnp.int32(0))
         return self.get_obs(state), state
 
     def step_env(self, key, state, action, params):
@@ -441,7 +465,8 @@ class Brax(environment.Environment):
 
     def step_env(self, key, state, action, params):
         brax = self.env.step(state.brax, action)
-        return brax.obs, BraxState(brax, state.time + 1), brax.reward, brax.done > 0, {"discount": 1 - brax.done}
+        state = BraxState(brax, state.time + 1)
+        return brax.obs, state, brax.reward, brax.done > 0, {"discount": 1 - brax.done}
 
     def is_terminated(self, state, params):
         return state.brax.done > 0
@@ -461,9 +486,9 @@ def is_dmc(name):
 def make(name, backend="fused", **kwargs):
     """The environment called `name` and its default parameters, as gymnax.make.
 
-    name: "dmc:finger-spin" ("dmc:" may be left out), any gymnax name, or "brax:ant". backend: physics of DMControl
-    ("fused", "mjx"); for brax, any but "fused" replaces brax's default. kwargs: fields of the parameters
-    (max_steps_in_episode, memory_length, ...), else arguments of the environment's constructor.
+    name: "dmc:finger-spin" ("dmc:" may be left out), any gymnax name, or "brax:ant". backend: physics of
+    DMControl ("fused", "mjx"); for brax, any but "fused" replaces brax's default. kwargs: fields of the
+    parameters (max_steps_in_episode, memory_length, ...), else arguments of the environment's constructor.
     Raises ValueError for an unknown name, with the nearest known ones; TypeError for an unknown argument.
     """
     known = [f"dmc:{task}" for task in TASKS] + list(TASKS) + list(gymnax.registered_envs)
@@ -479,7 +504,7 @@ def make(name, backend="fused", **kwargs):
     elif name.startswith("brax:"):
         build = part(Brax, name.removeprefix("brax:"), **({} if backend == "fused" else {"backend": backend}))
     else:
-        build = part(gymnax.make, name)
+        build = lambda **arguments: gymnax.make(name, **arguments)[0]  # noqa: E731
     fields = {f.name for f in dataclasses.fields(build().default_params)} if kwargs else ()
     env = build(**{k: v for k, v in kwargs.items() if k not in fields})
     return env, env.default_params.replace(**{k: v for k, v in kwargs.items() if k in fields})
@@ -494,18 +519,29 @@ PROJECTIONS = ("gaussian", "orthogonal", "rademacher", "identity", "none")
 def sample_matrix(key, kind, rows, cols):
     """A random float32 (rows, cols) matrix of one of PROJECTIONS (but "none").
 
-    Every random kind has entries of mean 0 and variance 1/fan_in with fan_in = cols, so inputs of variance 1 give
-    outputs of variance 1. gaussian: independent normal entries. rademacher: independent +-1/sqrt(cols).
-    orthogonal: Haar-distributed orthonormal columns (rows >= cols) or rows, times the factor that gives that
-    variance: sqrt(rows/cols), or 1. identity: ones on the diagonal (keeps the first components, pads with zeros).
+    Every random kind has entries of mean 0 and variance 1/fan_in with fan_in = cols, so that inputs of
+    variance 1 give outputs of variance 1. gaussian: independent normal entries. rademacher: independent
+    +-1/sqrt(cols). orthogonal: Haar-distributed orthonormal columns (rows >= cols) or rows, times the factor
+    that gives that variance: sqrt(rows/cols), or 1. identity: ones on the diagonal (keeps the first
+    components, pads with zeros).
     """
+    return shape_matrix(jax.random.normal(key, (rows, cols), jnp.float32), kind)
+
+
+def shape_matrix(normal, kind):
+    """sample_matrix from independent standard normal entries (..., rows, cols)."""
+    rows, cols = normal.shape[-2:]
     if kind == "gaussian":
-        return jax.random.normal(key, (rows, cols), jnp.float32) / math.sqrt(cols)
+        return normal / math.sqrt(cols)
     if kind == "rademacher":
-        return jax.random.rademacher(key, (rows, cols), jnp.float32) / math.sqrt(cols)
+        return jnp.where(normal < 0, -1.0, 1.0) / math.sqrt(cols)
     if kind == "orthogonal":
-        return jax.random.orthogonal(key, rows, m=cols, dtype=jnp.float32) * max(1.0, math.sqrt(rows / cols))
-    return jnp.eye(rows, cols, dtype=jnp.float32)
+        if rows < cols:
+            return shape_matrix(normal.mT, kind).mT / math.sqrt(cols / rows)
+        q, r = jnp.linalg.qr(normal)
+        sign = jnp.where(jnp.diagonal(r, axis1=-2, axis2=-1) < 0, -1.0, 1.0)  # makes the distribution uniform
+        return q * sign[..., None, :] * math.sqrt(rows / cols)
+    return jnp.broadcast_to(jnp.eye(rows, cols, dtype=normal.dtype), normal.shape)
 
 
 class Start(NamedTuple):
@@ -574,37 +610,41 @@ class Lanes:
     Lanes are split statically and equally among `tasks`, in contiguous blocks, and each task steps its own
     lanes only. A *trial* is `episodes_per_trial` episodes under one pair of projections, o' = Mo o and
     a = clip(Ma a', -1, 1), with Mo (obs_size, obs_dim) and Ma (act_dim, action_size) drawn independently, see
-    sample_matrix; bounded action spaces other than [-1, 1] are scaled to. projection="none" passes observation and
-    action (clipped to its space) as they are. Discrete actions are never projected. obs_transform="symlog"
-    shows sign(o') log(1 + |o'|), because velocities reach +-100; "none" shows o'.
+    sample_matrix; bounded action spaces other than [-1, 1] are scaled to. projection="none" passes
+    observation and action (clipped to its space) as they are. Discrete actions are never projected.
+    obs_transform="symlog", whatever the projection, shows sign(o') log(1 + |o'|), because velocities reach
+    +-100; "none" shows o'.
 
     The agent sees [o', previous a' as it gave it (one-hot if discrete), previous reward, episode-start flag,
     trial-start flag], with delta=True also o' minus the previous o' (0 at episode starts). Action and reward
     carry over into the next episode of a trial and are 0 at a trial's start.
 
-    stagger: a lane's first trial begins with a uniformly random part of its time already spent. Only the clock
-    knows: the physical state is a fresh reset, `time` counts from 0, and `episode_complete` is False.
+    stagger: a lane's first trial begins with a uniformly random part of its time already spent. Only the
+    clock knows: the physical state is a fresh reset, `time` counts from 0, and `episode_complete` is False.
 
-    Resets of DMControl tasks (rejection sampling, new matrices) are not paid in every step: a lane that ends
-    takes the one spare start it holds, and all spares are drawn anew at steps t with t % refresh_every == 0, at
-    most half an episode apart. So a lane meets a spare twice only if it diverges twice in between. As soon as
-    one task is not from DMControl, with episodes of unknown length, all are drawn in every step, as gymnax does.
+    Resets of DMControl tasks (collision-free starts, new matrices) are not paid in every step: a lane that
+    ends takes the one spare start it holds, and all spares are drawn anew at steps t with
+    t % refresh_every == 0, at most half an episode apart. So a lane meets a spare twice only if it diverges
+    twice in between. As soon as one task is not from DMControl, with episodes of unknown length, all are
+    drawn in every step, as gymnax does.
 
-    A lane diverges if its action, observation, reward, qpos or qvel is not finite, or |qvel| > 1e4: it is then
-    truncated, its reward 0 and its final_input the last input, so that no NaN reaches the learner.
+    A lane diverges if its action, observation, reward, qpos or qvel is not finite, or |qvel| > 1e4: it is
+    then truncated, its reward 0 and its final_input the last input, so that no NaN reaches the learner.
 
-    Attributes: tasks, num_lanes, lane_task (num_lanes,) numpy int, obs_size, input_size, discrete, action_size
-    (number of actions if discrete), max_episode_steps and trial_length (the shortest among tasks), refresh_every.
-    Raises ValueError if lanes cannot be split equally, if tasks do not go together, or if a size is too small.
+    Attributes: tasks, num_lanes, lane_task (num_lanes,) numpy int, obs_size, input_size, discrete,
+    action_size (number of actions if discrete), max_episode_steps and trial_length (the shortest among
+    tasks, None if there is no limit), refresh_every. Raises ValueError if lanes cannot be split equally, if
+    tasks do not go together, or if a size is too small.
     """
 
-    def __init__(self, tasks, num_lanes, projection="gaussian", obs_size=12, action_size=2, episodes_per_trial=1,
-                 stagger=True, delta=False, obs_transform="symlog", backend="fused", env_kwargs=None):
+    def __init__(self, tasks, num_lanes, projection="gaussian", obs_size=12, action_size=2,
+                 episodes_per_trial=1, stagger=True, delta=False, obs_transform="symlog", backend="fused",
+                 env_kwargs=None):
         self.tasks, self.num_lanes, self.projection = tuple(tasks), num_lanes, projection
-        self.episodes_per_trial, self.stagger, self.delta = episodes_per_trial, stagger, delta
+        self.episodes_per_trial, self.delta = episodes_per_trial, delta
         self.obs_transform = obs_transform
         if not self.tasks or num_lanes < 1 or num_lanes % len(self.tasks):
-            raise ValueError(f"num_lanes={num_lanes} lanes cannot be split equally among {len(self.tasks)} tasks")
+            raise ValueError(f"cannot split num_lanes={num_lanes} equally among {len(self.tasks)} tasks")
         if projection not in PROJECTIONS:
             raise ValueError(f"projection must be one of {', '.join(PROJECTIONS)}, got {projection!r}")
         if obs_transform not in ("none", "symlog"):
@@ -628,24 +668,25 @@ class Lanes:
             raise ValueError(f"projection='none' needs tasks of equal sizes, got (observation, action) sizes "
                              f"{list(zip(self.obs_dims, self.act_dims))}; use a projection")
         if not self.discrete:
-            bounds = [np.stack([np.broadcast_to(b, space.shape).ravel() for b in (space.low, space.high)])
-                      for space in act_spaces]
-            self.low, self.high = (np.zeros((num_lanes, max(self.act_dims)), np.float32) for _ in range(2))
-            for i, (low, high) in enumerate(bounds):
-                self.low[self.lane_task == i, :len(low)], self.high[self.lane_task == i, :len(low)] = low, high
+            self.low, self.high = np.zeros((2, num_lanes, max(self.act_dims)), np.float32)
+            for i, (space, dim) in enumerate(zip(act_spaces, self.act_dims)):
+                for ours, theirs in ((self.low, space.low), (self.high, space.high)):
+                    ours[self.lane_task == i, :dim] = np.broadcast_to(theirs, space.shape).ravel()
         self.obs_size = self.obs_dims[0] if projection == "none" else obs_size
         self.action_size = (act_spaces[0].n if self.discrete else
                             self.act_dims[0] if projection == "none" else action_size)
         if projection in ("identity", "orthogonal"):
             for task, obs_dim, act_dim in zip(self.tasks, self.obs_dims, self.act_dims):
                 if obs_size < obs_dim or not self.discrete and action_size < act_dim:
-                    raise ValueError(f"the {projection} projection needs obs_size >= {obs_dim} and action_size >= "
-                                     f"{act_dim} for {task}, got obs_size={obs_size} and action_size={action_size}")
+                    raise ValueError(
+                        f"the {projection} projection needs obs_size >= {obs_dim} and action_size >= "
+                        f"{act_dim} for {task}, got obs_size={obs_size} and action_size={action_size}")
         self.input_size = self.obs_size * (1 + delta) + self.action_size + 3
 
         limits = [getattr(params, "max_steps_in_episode", None) for params in self.params]
         self.max_episode_steps = min((n for n in limits if n is not None), default=None)
         self.trial_length = self.max_episode_steps and self.max_episode_steps * episodes_per_trial
+        self.stagger = stagger and None not in limits
         self.limits = np.array([2**30 if n is None else n for n in limits], np.int32)[self.lane_task]
         only_dmc = all(isinstance(env, DMC) for env in self.envs)
         self.refresh_every = max(1, min(500, self.max_episode_steps // 2)) if only_dmc else 1
@@ -660,28 +701,28 @@ class Lanes:
         obs = jax.nn.one_hot(obs, self.one_hot_obs[i]) if self.one_hot_obs[i] else obs
         return pad_to(obs.reshape(obs.shape[0], -1).astype(jnp.float32), (max(self.obs_dims),))
 
+    def _matrices(self, key, rows, cols):
+        """A matrix for every lane, of its task's sizes and zero-padded: (N, largest rows, largest cols)."""
+        largest = max(rows), max(cols)
+        normal = jax.random.normal(key, (self.num_lanes, *largest), jnp.float32)
+        return jnp.concatenate([pad_to(shape_matrix(block[:, :r, :c], self.projection), largest)
+                                for block, r, c in zip(self._blocks(normal), rows, cols)])
+
     def _draw(self, key):
         """A fresh Start for every lane."""
+        reset_key, obs_key, act_key = jax.random.split(key, 3)
         blocks = []
-        for i, (env, params, obs_dim, act_dim) in enumerate(
-                zip(self.envs, self.params, self.obs_dims, self.act_dims)):
-            reset_key, obs_key, act_key = jax.random.split(jax.random.fold_in(key, i), 3)
-            reset_keys, obs_keys, act_keys = (
-                jax.random.split(k, self.num_lanes // len(self.tasks)) for k in (reset_key, obs_key, act_key))
-            obs, state = jax.vmap(env.reset_env, (0, None))(reset_keys, params)
+        for i, keys in enumerate(self._blocks(jax.random.split(reset_key, self.num_lanes))):
+            obs, state = jax.vmap(self.envs[i].reset_env, (0, None))(keys, self.params[i])
             state = jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), state)  # no weak types
-            obs_matrix = act_matrix = None
-            if self.projection != "none":
-                draw = jax.vmap(sample_matrix, (0, None, None, None))
-                obs_matrix = pad_to(draw(obs_keys, self.projection, self.obs_size, obs_dim),
-                                    (self.obs_size, max(self.obs_dims)))
-                if not self.discrete:
-                    act_matrix = pad_to(draw(act_keys, self.projection, act_dim, self.action_size),
-                                        (max(self.act_dims), self.action_size))
-            blocks.append(Start(state, self._flat_obs(i, obs), obs_matrix, act_matrix))
-        states = tuple(block.env for block in blocks)
-        rest = jax.tree.map(lambda *xs: jnp.concatenate(xs), *(block._replace(env=None) for block in blocks))
-        return rest._replace(env=states)
+            blocks.append((state, self._flat_obs(i, obs)))
+        states, obs = zip(*blocks)
+        obs_matrix = act_matrix = None
+        if self.projection != "none":
+            obs_matrix = self._matrices(obs_key, [self.obs_size] * len(self.tasks), self.obs_dims)
+            if not self.discrete:
+                act_matrix = self._matrices(act_key, self.act_dims, [self.action_size] * len(self.tasks))
+        return Start(states, jnp.concatenate(obs), obs_matrix, act_matrix)
 
     def _show(self, obs_matrix, obs):
         """Raw observations (N, .) as the agent sees them (N, obs_size)."""
@@ -703,13 +744,13 @@ class Lanes:
 
     # -- interface ------------------------------------------------------------------------------------------
     def reset(self, key):
-        """Every lane at the start of a trial. Returns (LanesState, inputs (num_lanes, input_size) float32)."""
+        """All lanes at the start of a trial: (LanesState, inputs (num_lanes, input_size) float32)."""
         N = self.num_lanes
         key, draw_key, stagger_key = jax.random.split(key, 3)
         both = jax.vmap(self._draw)(jax.random.split(draw_key))
         first, spare = (jax.tree.map(lambda x: x[k], both) for k in range(2))
         spent = jnp.zeros(N, jnp.int32)
-        if self.stagger and self.max_episode_steps:
+        if self.stagger:
             spent = jax.random.randint(stagger_key, (N,), 0, self.limits * self.episodes_per_trial)
         zeros, ones = jnp.zeros(N, jnp.float32), jnp.ones(N, jnp.float32)
         shown = self._show(first.obs_matrix, first.obs)
@@ -717,17 +758,18 @@ class Lanes:
                              zeros, ones, ones)
         clock = spent % self.limits
         state = LanesState(
-            env=first.env, obs_matrix=first.obs_matrix, act_matrix=first.act_matrix, spare=spare, input=inputs,
-            clock=clock, episode=spent // self.limits, elapsed=jnp.zeros(N, jnp.int32), complete=clock == 0,
-            episode_return=zeros, key=key)
+            env=first.env, obs_matrix=first.obs_matrix, act_matrix=first.act_matrix, spare=spare,
+            input=inputs, clock=clock, episode=spent // self.limits, elapsed=jnp.zeros(N, jnp.int32),
+            complete=clock == 0, episode_return=zeros, key=key)
         return state, inputs
 
     def step(self, state, action, t=0):
         """One control step of every lane.
 
-        action: (num_lanes, action_size) float, or (num_lanes,) int if discrete. t: step index within the rollout,
-        int; decides when spares are drawn (0: now). Under vmap over seeds it should stay unbatched (scanned over,
-        not part of the state), so that this remains a true branch. Returns (LanesState, inputs, LaneStep).
+        action: (num_lanes, action_size) float, or (num_lanes,) int if discrete. t: int, step index within the
+        rollout; decides when spares are drawn (0: now). Under vmap over seeds it should stay unbatched
+        (scanned over, not part of the state), so that this remains a true branch. Returns (LanesState,
+        inputs, LaneStep).
         """
         key, step_key, draw_key = jax.random.split(state.key, 3)
         if self.refresh_every == 1:
@@ -737,13 +779,12 @@ class Lanes:
 
         control = self._control(state.act_matrix, action)
         stepped, outs = [], []
-        for i, (env, params) in enumerate(zip(self.envs, self.params)):
-            keys = jax.random.split(jax.random.fold_in(step_key, i), self.num_lanes // len(self.tasks))
-            block = self._blocks(control)[i]
+        step_keys = self._blocks(jax.random.split(step_key, self.num_lanes))
+        for i, (env, params, block) in enumerate(zip(self.envs, self.params, self._blocks(control))):
             if not self.discrete:
                 block = block[:, :self.act_dims[i]].reshape(-1, *self.act_shapes[i])
             obs, env_state, reward, terminated, _ = jax.vmap(env.step_env, (0, 0, 0, None))(
-                keys, state.env[i], block, params)
+                step_keys[i], state.env[i], block, params)
             truncated = jax.vmap(env.is_truncated, (0, None))(env_state, params)
             obs, reward = self._flat_obs(i, obs), reward.reshape(-1).astype(jnp.float32)
             sound = jnp.isfinite(obs).all(-1) & jnp.isfinite(reward)
@@ -774,15 +815,15 @@ class Lanes:
                                         (state.obs_matrix, state.act_matrix))
         shown = self._show(obs_matrix, obs)
         inputs = self._input(shown, jnp.where(end[:, None], 0.0, shown - old_shown),
-                             jnp.where(trial_end[:, None], 0.0, last_action), jnp.where(trial_end, 0.0, reward),
-                             end, trial_end)
+                             jnp.where(trial_end[:, None], 0.0, last_action),
+                             jnp.where(trial_end, 0.0, reward), end, trial_end)
         env_states = tuple(
             select(ended, fresh, jax.tree.map(lambda new, old: new.astype(old.dtype), new, old))
             for ended, fresh, new, old in zip(self._blocks(end), spare.env, stepped, state.env))
 
         episode_return = state.episode_return + reward
-        out = LaneStep(reward, terminated, truncated, end, trial_end, final_input, episode_return, state.complete,
-                       diverged, state.elapsed)
+        out = LaneStep(reward, terminated, truncated, end, trial_end, final_input, episode_return,
+                       state.complete, diverged, state.elapsed)
         state = LanesState(
             env=env_states, obs_matrix=obs_matrix, act_matrix=act_matrix, spare=spare, input=inputs,
             clock=jnp.where(end, 0, state.clock + 1), episode=jnp.where(trial_end, 0, episode),
