@@ -1,0 +1,464 @@
+"""evaluate.py, report.py, replay.py: numbers against hand-rolled loops, numpy and scipy; files; refusals."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import mujoco
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import scipy.stats
+
+import envs
+import evaluate
+import physics
+import replay
+import report
+import train_lstm
+import train_s5
+
+ROOT = Path(__file__).resolve().parent.parent
+TASKS = ("cartpole-swingup", "cartpole-balance")  # trained on, held out; cheap, and pay in every step
+SMALL = dict(width=8, layers=1, num_lanes=4, rollout_length=8, minibatches=2, log_every=1, env=TASKS[:1])
+
+
+def make_run(folder, trainer=train_s5, **changes):
+    """A run folder with a checkpoint of random parameters, under which actions vary a lot, and of zeros."""
+    config = trainer.Config(**(SMALL | changes))
+    train = trainer.make_train(config)
+    shapes = jax.eval_shape(lambda: trainer.init_groups(config, train))
+    rng = np.random.default_rng(len(folder.name))
+
+    def fill(path, x):
+        name = jax.tree_util.keystr(path)
+        if ".params" not in name:
+            return np.zeros(x.shape, x.dtype)
+        value = rng.normal(size=x.shape).astype(x.dtype) / (np.sqrt(x.shape[1]) if x.ndim > 2 else 2)
+        return value - 4 if "log_dt" in name else np.abs(value) if "var" in name else value
+
+    groups = jax.tree_util.tree_map_with_path(fill, shapes)
+    folder.mkdir()
+    saved = {"trainer": trainer.__name__, "config": vars(config)}
+    (folder / "config.json").write_text(json.dumps(saved))
+    with ocp.CheckpointManager(folder / "checkpoints") as manager:
+        manager.save(3, args=ocp.args.StandardSave(groups))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("runs") / "s5", state_size=8, num_seeds=2)
+
+
+@pytest.fixture(scope="module")
+def result(run):
+    agent = evaluate.load(run)
+    return evaluate.measure(agent, TASKS, 3, 1, True, (5,), "memory, mode")
+
+
+@pytest.fixture(scope="module")
+def start(run):
+    """(agent, lanes, the function that gives the starts of `result`)."""
+    agent = evaluate.load(run)
+    lanes = evaluate.make_lanes(agent, TASKS, 3, 1)
+    return agent, lanes, evaluate.starts(agent, lanes)
+
+
+@pytest.fixture(scope="module")
+def gym_run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("runs") / "gym", state_size=8, env=("CartPole-v1",))
+
+
+# -- the numbers --------------------------------------------------------------------------------------------
+def test_two_calls_give_the_same_table_and_files(run, capsys):
+    """Once here, once as a command in a process of its own; the table of the held-out task comes last."""
+    shutil.rmtree(run / "eval", ignore_errors=True)
+    evaluate.evaluate((run,), tasks=TASKS, trials=3, sizes=(5,))
+    printed = capsys.readouterr().out
+    files = {p.name: p.read_bytes() for p in (run / "eval").iterdir() if p.suffix in (".csv", ".md")}
+    tables = ("returns", "trials", "curves", "episodes", "projections")
+    assert set(files) == {f"{name}.csv" for name in tables} | {"report.md"}
+    shutil.rmtree(run / "eval")
+    command = [sys.executable, ROOT / "evaluate.py", run, "--tasks", *TASKS, "--trials", "3", "--sizes", "5"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == printed
+    assert files == {name: (run / "eval" / name).read_bytes() for name in files}
+    last = printed[printed.rindex("tasks held out"):].splitlines()
+    assert len(last) == 4 and TASKS[1] in last[-1]
+    text = files["report.md"].decode()
+    assert all((run / "eval" / name).stat().st_size > 1000 for name in re.findall(r"!\[\w+\]\((.+?)\)", text))
+
+
+@pytest.mark.parametrize("policy,forget", [("memory, mode", False), ("reset, mode", True)])
+def test_memory_and_reset_equal_a_hand_rolled_loop(start, result, policy, forget):
+    """The network applied to one-step sequences, in a loop over a single set of lanes."""
+    agent, lanes, start = start
+    state, inputs = start("gaussian")
+    network = train_s5.make_network(agent.config, lanes)
+    memory = train_s5.make_memory(agent.config, jnp.float32).zero_state((6,))
+    params = jax.tree.map(lambda x: x[1], agent.params)  # second seed
+
+    @jax.jit
+    def step(state, inputs, memory, reset):
+        memory, pi, _ = network.apply(params, memory, inputs[None], reset[None])
+        state, inputs, out = lanes.step(state, pi.mode()[0], 1)
+        return state, inputs, memory, out
+
+    rewards = []
+    for t in range(150):  # three bins: then rounding errors have grown, because the pole is chaotic
+        state, inputs, memory, out = step(state, inputs, memory, jnp.full(6, forget or t == 0))
+        rewards.append(out.reward)
+    assert_starts_as(result, policy, 1, np.array(rewards).reshape(150, 2, 3))
+
+
+def assert_starts_as(result, policy, seed, rewards):
+    """The first three bins of `result` are those of `rewards` (150, tasks, trials)."""
+    expected = np.moveaxis(rewards.reshape(3, 50, 2, 3).mean(1), 0, -1)
+    assert expected.max() > 0.3 and np.ptp(expected) > 0.1
+    np.testing.assert_allclose(result.curves[policy][:, seed, :, :3], expected, rtol=5e-3, atol=1e-3)
+
+
+def test_memory_matters_to_the_agent(result):
+    """Otherwise the test above would hold for a reset that does nothing."""
+    assert not np.allclose(result.returns["memory, mode"], result.returns["reset, mode"], atol=1e-3)
+
+
+@pytest.mark.parametrize("policy", ["zero", "random"])
+def test_references_equal_bare_environments(start, result, policy):
+    """Zero and random actions, stepped in the task itself: no lanes, no network."""
+    state, _ = start[2]("gaussian")
+    place = list(evaluate.POLICIES).index("random")
+
+    def uniform(t):
+        key = jax.random.split(jax.random.fold_in(jax.random.PRNGKey(evaluate.KEY), t))[1]
+        return jax.random.uniform(key, (len(evaluate.POLICIES), 6, 2), minval=-1.0, maxval=1.0)[place]
+
+    actions, rewards = jax.vmap(uniform)(jnp.arange(150)) * (policy == "random"), []
+    for i, task in enumerate(TASKS):
+        env, params = envs.make(task)
+        matrix = state.act_matrix[3 * i:3 * i + 3, :env.model.nu]
+        control = jnp.clip(jnp.einsum("nca,tna->tnc", matrix, actions[:, 3 * i:3 * i + 3]), -1, 1)
+
+        def step(s, u, env=env, params=params):
+            _, s, reward, _, _ = jax.vmap(lambda s, u: env.step_env(None, s, u, params))(s, u)
+            return s, reward
+
+        rewards.append(jax.jit(lambda s, u, step=step: jax.lax.scan(step, s, u)[1])(state.env[i], control))
+    for seed in range(2):
+        assert_starts_as(result, policy, seed, np.stack(rewards, 1))
+
+
+def test_bins_and_episodes_add_up_to_the_return(result):
+    for policy, x in result.returns.items():
+        assert x.shape == (2, 2, 3)
+        steps = result.counts[policy]
+        assert (steps == 1000 / report.BINS).all()
+        np.testing.assert_allclose((result.curves[policy] * steps).sum(-1), x, rtol=1e-6)
+        np.testing.assert_allclose(result.episodes[policy][..., 0], x, rtol=1e-6)
+
+
+def test_trials_that_end_early_and_trials_of_several_episodes(gym_run):
+    """CartPole pays 1 in every step until the pole falls: the return counts the steps that were lived."""
+    agent = evaluate.load(gym_run)
+    found = evaluate.measure(agent, ("CartPole-v1",), 4, 3, False, (), "memory, sampled")
+    for policy, x in found.returns.items():
+        steps, curve = found.counts[policy], found.curves[policy]
+        assert found.horizon == 1500 and found.projections == {}
+        np.testing.assert_allclose(steps.sum(-1), 3 * x)
+        assert (curve[steps > 0] == 1).all() and np.isnan(curve[steps == 0]).all()
+        np.testing.assert_allclose(found.episodes[policy].mean(-1), x)
+    assert (found.returns["zero"] < 12).all()  # action 0 pushes left for ever
+    assert len(np.unique(found.episodes["zero"])) > 1
+
+
+def test_summarise_by_hand():
+    """One variant, two lanes, 40 steps: the second lane's trial of two episodes is over after 30."""
+    alive = np.ones((40, 1, 2), bool)
+    alive[30:, 0, 1] = False
+    reward = np.arange(40.0)[:, None, None] * alive
+    end = np.zeros((40, 1, 2), bool)
+    end[[19, 39], 0, 0] = end[[9, 29], 0, 1] = True
+    out = {"reward": reward, "alive": alive, "episode_end": end}
+    returns, curves, counts, episodes = evaluate.summarise(out, 1, 2)
+    np.testing.assert_array_equal(returns[0, 0], [390, 217.5])
+    np.testing.assert_array_equal(episodes[0, 0], [[190, 590], [45, 390]])
+    np.testing.assert_array_equal(counts[0, 0, 1], [2] * 15 + [0] * 5)
+    np.testing.assert_array_equal(curves[0, 0, 0], np.arange(20) * 2 + 0.5)
+
+
+# -- projections --------------------------------------------------------------------------------------------
+def test_other_projections_meet_the_same_starts(start):
+    agent, _, start = start
+    (gaussian, _), (identity, inputs), (other, _) = start("gaussian"), start("identity"), start("orthogonal")
+    for a, b, c in zip(*(jax.tree.leaves(s.env) for s in (gaussian, identity, other))):
+        np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(a, c)
+    lanes = train_s5.make_lanes(agent.config, tasks=TASKS, num_lanes=6, projection="identity", stagger=False)
+    expected = evaluate.jit_once(lanes.reset)(jax.random.PRNGKey(evaluate.KEY))[1]
+    np.testing.assert_allclose(inputs, expected, rtol=1e-5, atol=1e-6)
+    columns = other.obs_matrix  # orthogonal, of one length
+    np.testing.assert_allclose(columns.mT @ columns, np.tile(np.eye(5) * 12 / 5, (6, 1, 1)), atol=1e-5)
+
+
+def test_first_outputs_equal_a_smaller_projection(start):
+    _, lanes, start = start
+    state, _ = start("gaussian")
+    matrix, inputs = state.obs_matrix.at[:, 5:].set(0), state.input.at[:, 5:12].set(0)
+    smaller = state.replace(obs_matrix=matrix, input=inputs)
+    step = jax.jit(lambda state, action: lanes.step(state, action, 1))
+    for t in range(3):
+        action = jax.random.normal(jax.random.PRNGKey(t), (6, 2))
+        state, inputs, _ = step(state, action)
+        smaller, expected, _ = step(smaller, action)
+        np.testing.assert_array_equal(inputs * evaluate.first_outputs(lanes, 5), expected)
+    assert np.abs(inputs).max() > 0
+
+
+def test_projection_columns(result):
+    assert list(result.projections) == [*evaluate.FAMILIES, "gaussian, 5 of 12"]
+    np.testing.assert_array_equal(result.projections["gaussian"], result.returns["memory, mode"])
+    values = [x.tobytes() for x in result.projections.values()]
+    assert len(set(values)) == len(values)
+
+
+def test_unprojected_agent_meets_projections(tmp_path):
+    """Trained on bare observations, 4 numbers: tasks that do not fit are left out, projections all fit."""
+    agent = evaluate.load(make_run(tmp_path / "bare", env=("point_mass-easy",), projection="none"))
+    assert (agent.obs_size, agent.action_size) == (4, 2)
+    tasks = evaluate.choose_tasks(agent, ())
+    assert tasks == ("point_mass-easy", "pendulum-swingup", "point_mass-hard")
+    with pytest.raises(ValueError, match="finger-spin does not fit"):
+        evaluate.choose_tasks(agent, ("finger-spin",))
+    lanes = evaluate.make_lanes(agent, tasks[:1], 2, 1)
+    state, inputs = evaluate.starts(agent, lanes)("identity")
+    assert inputs.shape[1] == 4 + 4 + 2 + 3  # with differences
+    q = np.concatenate([state.env[0].qpos, state.env[0].qvel], 1)
+    np.testing.assert_allclose(inputs[:, :4], np.sign(q) * np.log1p(np.abs(q)), rtol=1e-5)
+
+
+# -- statistics ---------------------------------------------------------------------------------------------
+def test_statistics_equal_numpy_and_scipy():
+    rng = np.random.default_rng(3)
+    for n in (1, 2, 5, 8, 33):
+        x = rng.normal(size=(4, n))
+        np.testing.assert_allclose(report.iqm(x), scipy.stats.trim_mean(x, 0.25, axis=-1))
+    x = rng.gamma(2.0, size=(1, 1, 40))
+    s = report.statistics(x)
+    assert s["mean"] == x.mean()
+    trimmed = lambda v, axis: scipy.stats.trim_mean(v, 0.25, axis=axis)  # noqa: E731
+    for name, statistic in (("mean", np.mean), ("iqm", trimmed)):
+        expected = scipy.stats.bootstrap((x[0, 0],), statistic, n_resamples=20000, method="percentile",
+                                         rng=np.random.default_rng(0)).confidence_interval
+        np.testing.assert_allclose([s[f"{name}_low"], s[f"{name}_high"]], expected, rtol=0.03)
+    assert np.isnan(report.statistics(np.ones((3, 1, 1)))["mean_low"])
+
+
+def test_bootstrap_draws_seeds_and_keeps_tasks_apart():
+    """Two seeds of constant return: one in four draws holds one seed only, so the interval spans both."""
+    x = np.array([0.0, 10.0])[None, :, None] + np.zeros((1, 2, 50))
+    s = report.statistics(x)
+    assert (s["mean"], s["mean_low"], s["mean_high"]) == (5, 0, 10)
+    x = np.array([0.0, 100.0])[:, None, None] + np.zeros((2, 3, 4))  # tasks differ, nothing else does
+    s = report.statistics(x)
+    assert (s["mean"], s["mean_low"], s["mean_high"]) == (50, 50, 50)
+    assert (report.resample(x, 10) == np.array([0, 100])[:, None]).all()
+
+
+def test_probability_of_improvement_equals_mann_whitney():
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 9, (3, 2, 5)).astype(float), rng.integers(2, 11, (3, 1, 7)).astype(float)
+    expected = np.mean([scipy.stats.mannwhitneyu(a.ravel(), b.ravel()).statistic / 70 for a, b in zip(x, y)])
+    value, low, high = report.improvement(x, y)
+    np.testing.assert_allclose(value, expected)
+    assert low < value < high
+    assert report.improvement(x, x)[0] == 0.5
+
+
+def test_curve_statistics_leave_out_what_is_over():
+    x = np.array([[[1.0, 2.0], [3.0, np.nan]], [[5.0, 6.0], [7.0, np.nan]]])
+    mean, low, high = report.curve_statistics(x)
+    np.testing.assert_array_equal(mean, [4, 4])
+    assert 1 <= low[0] < 4 < high[0] <= 7
+
+
+# -- comparison ---------------------------------------------------------------------------------------------
+def test_comparison_of_runs(tmp_path, capsys):
+    """An LSTM trained on gaussian projections and a memoryless agent trained on none."""
+    lstm = make_run(tmp_path / "lstm", train_lstm, num_seeds=2)
+    none = make_run(tmp_path / "none", state_size=8, memory="none", projection="identity")
+    found = evaluate.evaluate((lstm, none), tasks=TASKS, trials=3, sizes=(6,), out=tmp_path / "out")
+    np.testing.assert_array_equal(found[1].returns["memory, mode"], found[1].returns["reset, mode"])
+    starts = [r.curves["zero"][:, 0, :, 0] for r in found]  # the same trials, whatever the network
+    np.testing.assert_allclose(*starts, rtol=1e-5)
+    printed = capsys.readouterr().out
+    last = printed[printed.rindex("## Tasks held out"):]  # the comparison ends with the held-out tasks
+    assert TASKS[1] in last and TASKS[0] not in last
+    with (tmp_path / "out" / "improvement.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["run"], r["other"], r["tasks"]) for r in rows] == [
+        ("lstm", "none", "trained on"), ("lstm", "none", "held out")]
+    for i, row in enumerate(rows):
+        a, b = (r.returns["memory, sampled"][i].ravel() for r in found)
+        expected = scipy.stats.mannwhitneyu(a, b).statistic / (len(a) * len(b))
+        np.testing.assert_allclose(float(row["mean"]), expected, atol=1e-6)
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert "none: identity" in text and "lstm: gaussian" in text
+    assert all((tmp_path / "out" / name).exists() for name in re.findall(r"!\[\w+\]\((.+?)\)", text))
+
+
+def test_of_a_sweep_the_best_setting_is_evaluated(tmp_path, capsys):
+    folder = make_run(tmp_path / "sweep", state_size=8, sweep=("lr=0.1,0.01",), num_seeds=2)
+    with (folder / "metrics.csv").open("w") as file:
+        file.write(f"update,seed,return/{TASKS[0]}\n" + "".join(
+            f"1,{seed},{value}\n" for seed, value in zip((0, 1, 0, 1), (3, 4, 5, 6))))
+    everything = evaluate.load(folder)
+    assert "'lr': 0.01" in capsys.readouterr().out
+    assert everything.seeds == [0, 1]
+    assert {x.shape[0] for x in jax.tree.leaves(everything.params)} == {2}
+
+
+# -- replays ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("task", envs.TASKS)
+def test_poses_and_shapes_equal_the_model(task):
+    """Bodies as physics.py places them, outlines as C MuJoCo places the geoms, at random joint positions."""
+    model = mujoco.MjModel.from_xml_string(envs.TASKS[task].model)
+    scene = replay.SCENES[task.split("-")[0]]
+    axes = list(scene.axes)
+    qpos = np.random.default_rng(0).uniform(-1, 1, (4, model.nq))
+    pose = replay.poses(model, qpos, scene.axes)
+    kinematics, data = physics.make_kinematics(model), mujoco.MjData(model)
+    rest = np.asarray(kinematics(jnp.asarray(model.qpos0, jnp.float32)).xmat)
+    geoms = {"CAPSULE": "capsule", "SPHERE": "circle", "CYLINDER": "circle", "BOX": "box"}
+    drawn = [[s for s in body["shapes"]] for body in replay.shapes(model, replay.Scene(scene.axes, (), ()))]
+    assert sum(map(len, drawn)) == model.ngeom - (model.geom_type == mujoco.mjtGeom.mjGEOM_PLANE).sum()
+    for q, p in zip(qpos, pose):
+        k = kinematics(jnp.asarray(q, jnp.float32))
+        np.testing.assert_allclose(p[:, :2], np.asarray(k.xpos)[1:, axes], atol=1e-5)
+        turn = np.einsum("bij,bkj->bik", np.asarray(k.xmat), rest)[1:][:, axes][:, :, axes]
+        c, s = np.cos(p[:, 2]), np.sin(p[:, 2])
+        expected = np.array([[c, -s], [s, c]]).transpose(2, 0, 1)
+        np.testing.assert_allclose(turn, expected, atol=1e-5)
+        data.qpos[:] = q
+        mujoco.mj_kinematics(model, data)
+        place = {b + 1: lambda v, t=turn[b], o=p[b, :2]: o + t @ np.array(v) for b in range(model.nbody - 1)}
+        for b in place:
+            for shape, g in zip(drawn[b], range(model.body_geomadr[b], model.ngeom)):
+                assert shape["kind"] == geoms[mujoco.mjtGeom(model.geom_type[g]).name[7:]]
+                if shape["kind"] == "capsule":
+                    reach = data.geom_xmat[g].reshape(3, 3)[axes, 2] * model.geom_size[g, 1]
+                    ends = data.geom_xpos[g, axes] + np.stack([-reach, reach])
+                    np.testing.assert_allclose([place[b](shape[e]) for e in "ab"], ends, atol=1e-5)
+                else:
+                    np.testing.assert_allclose(place[b](shape["c"]), data.geom_xpos[g, axes], atol=1e-5)
+
+
+def test_replay_page(run):
+    """The page of a task with a target: nothing from a network, and the data that were recorded."""
+    agent = evaluate.load(run)
+    data = evaluate.record(agent, "reacher-easy", 3, 1, "memory, mode")
+    path = run / "replay.html"
+    replay.write(data, path)
+    text = path.read_text()
+    assert path.stat().st_size < 3e6
+    assert not re.search(r"https?:|//[a-z]+\.|src\s*=|<link|@import|url\(|fetch\(|XMLHttp|\bimport\b", text)
+    page = json.loads(re.search(r"const R = (\{.*\});\n", text).group(1))
+    model = mujoco.MjModel.from_xml_string(envs.TASKS["reacher-easy"].model)
+    kinematics = jax.jit(jax.vmap(physics.make_kinematics(model)))
+    assert [side["name"] for side in page["sides"]] == ["memory on", "memory reset at every step"]
+    for side, recorded in zip(page["sides"], data["sides"]):
+        pose = np.array(side["pose"]).reshape(1000, 3, 3)
+        k = kinematics(jnp.asarray(recorded["qpos"], jnp.float32))
+        np.testing.assert_allclose(pose[..., :2], k.xpos[:, 1:, :2], atol=2e-4)
+        np.testing.assert_allclose(np.cos(pose[..., 2]), k.xmat[:, 1:, 0, 0], atol=2e-4)
+        control = np.clip(recorded["acts"] @ data["act_matrix"].T, -1, 1)
+        np.testing.assert_allclose(side["control"], control, atol=1e-3)
+        # what was seen is what the recorded state looks like through the recorded matrix
+        env, state = envs.make("reacher-easy")[0], envs.DMCState(*[None] * 3)
+        velocity = np.diff(recorded["qpos"], axis=0) / 0.02  # one step later, semi-implicit Euler's velocity
+        state = state.replace(qpos=recorded["qpos"][1:], qvel=velocity, target=recorded["target"][1:])
+        obs = jax.vmap(lambda s, env=env: env.get_obs(s))(jax.tree.map(jnp.float32, state))
+        seen = np.asarray(obs, np.float64) @ data["obs_matrix"].T
+        seen = np.sign(seen) * np.log1p(np.abs(seen))
+        np.testing.assert_allclose(np.array(side["sees"])[1:], seen, atol=5e-3)
+        reach = np.linalg.norm(pose[:, 2, :2] - np.array(side["target"]), axis=-1)  # finger to target
+        paid = np.array(side["reward"])[:-1] > 0  # the reward of a step is that of the state after it
+        clear = np.abs(reach[1:] - 0.06) > 1e-3
+        np.testing.assert_array_equal(paid[clear], (reach[1:] < 0.06)[clear])
+    first = [np.array(side["pose"][0]) for side in page["sides"]]
+    np.testing.assert_array_equal(*first)  # the same trial
+    assert not np.array_equal(page["sides"][0]["pose"], page["sides"][1]["pose"])
+
+
+def test_replay_is_a_trial_of_the_table(run, result):
+    """The recorded trial is that of median return, and both its sides have the returns of the table."""
+    data = evaluate.record(evaluate.load(run), TASKS[0], 3, 1, "memory, mode")
+    for side, policy in zip(data["sides"], ("memory, mode", "reset, mode")):
+        expected = result.curves[policy][0, 0, data["trial"], :3]
+        found = side["reward"][:150].reshape(3, 50).mean(1)
+        np.testing.assert_allclose(found, expected, rtol=5e-3, atol=1e-3)
+    median = np.median(result.returns["memory, mode"][0, 0])
+    np.testing.assert_allclose(data["sides"][0]["reward"].sum(), median, rtol=0.1, atol=1)
+
+
+# -- refusals -----------------------------------------------------------------------------------------------
+def refused(monkeypatch, capsys, *flags):
+    """Exit code 2 and one sentence on the last line."""
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags)])
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main()
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("error: ")
+    return lines[-1]
+
+
+def test_refusals(run, gym_run, tmp_path, monkeypatch, capsys):
+    def refusal(*flags):
+        return refused(monkeypatch, capsys, *flags)
+
+    assert "not a run folder" in refusal(tmp_path / "nothing")
+    bare = tmp_path / "bare"
+    shutil.copytree(run, bare)
+    shutil.rmtree(bare / "checkpoints")
+    assert "holds no checkpoint" in refusal(bare)
+    (bare / "checkpoints").mkdir()
+    assert "no usable checkpoint" in refusal(bare)
+    (bare / "config.json").write_text("[1, 2]")
+    assert "not written by a trainer" in refusal(bare)
+    (bare / "config.json").write_text('{"trainer": "train_gpt", "config": {}}')
+    assert "train_gpt.py" in refusal(bare)
+    (bare / "config.json").write_text('{"trainer": "train_s5", "config": {"depth": 3}}')
+    assert "depth" in refusal(bare)
+    other = tmp_path / "other"  # a checkpoint that does not belong to its config.json
+    shutil.copytree(run, other)
+    saved = json.loads((other / "config.json").read_text())
+    saved["config"]["width"] = 16
+    (other / "config.json").write_text(json.dumps(saved))
+    assert "no usable checkpoint" in refusal(other)
+    assert "finger-spin" in refusal(run, "--tasks", "finger-spine")
+    assert "finger-spin" in refusal(run, "--replay", "finger-spine")
+    assert "size 13" in refusal(run, "--sizes", "13")
+    assert "trials" in refusal(run, "--trials", "0")
+    assert "replays draw DMControl tasks only" in refusal(gym_run, "--replay", "CartPole-v1")
+    assert "not from DMControl" in refusal(gym_run, "--tasks", "finger-spin")
+    assert "size 3" in refusal(gym_run, "--sizes", "3")
+
+
+def test_imports_run_one_way():
+    """trainer -> envs -> physics; evaluate finds the trainer by name; nothing is imported in a circle."""
+    def imported(name):
+        found = re.findall(r"^(?:import|from) (\w+)", (ROOT / f"{name}.py").read_text(), re.M)
+        return {f for f in found if (ROOT / f"{f}.py").exists()}
+
+    assert imported("evaluate") == {"envs", "replay", "report"}
+    assert imported("report") == set() and imported("replay") == {"envs"}
+    assert "evaluate" not in imported("train_s5") | imported("train_lstm")
