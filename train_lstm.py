@@ -832,12 +832,11 @@ def main():
         config = tyro.cli(Config, default=Config(**(ACCELERATOR if accelerated else {})), description=__doc__)
         folder = run(config)
         if config.evaluate and not config.sweep:
-            try:
+            if importlib.util.find_spec("evaluate"):
                 import evaluate
-            except ModuleNotFoundError:
-                print("evaluate.py is not here: evaluation left out")
-            else:
                 evaluate.evaluate([folder])
+            else:
+                print("evaluate.py is not here: evaluation left out")
     except (ValueError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
