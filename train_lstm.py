@@ -103,7 +103,7 @@ def hidden_size(config):
     if config.hidden_size:
         return config.hidden_size
     w = config.width
-    layers, p = (4, 256) if w >= 256 else (2, 32)  # the defaults of train_s5.py
+    layers, p = (4, 256) if w >= 256 else (3, 32)  # the defaults of train_s5.py
     target = layers * (2 * p * w + 2 * w * w + 3 * w + 2 * w + 3 * p // 2) / config.layers
     # one block: 4 h (w + h + 1) + h w + w + 2 w parameters
     b = 5 * w + 4
@@ -137,7 +137,7 @@ class Config(MemoryConfig):
     memory: Literal["full", "none"] = "full"  # none: the memory is reset at every step (the memoryless control)
     backend: Literal["fused", "mjx"] = "fused"  # physics
     # how long, how wide
-    total_steps: int = 16_000_000  # environment steps of one seed (rounded up to whole logging periods)
+    total_steps: int = 20_000_000  # environment steps of one seed (rounded up to whole logging periods)
     num_lanes: int = 96  # environments stepped side by side, split equally among the tasks
     rollout_length: int = 128  # steps of every lane between two updates
     seed: int = 0  # first seed
@@ -476,7 +476,7 @@ def make_train(config):
         gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, metrics), gradient = gradient_fn(
             params, hyper, take(memory, 0), batch, take(advantage, 1), take(target, 1))
-        norm = optax.global_norm(gradient)
+        norm = optax.tree.norm(gradient)
         steps, new_opt_state = optimiser.update(gradient, opt_state, params)
         new_params = optax.apply_updates(params, jax.tree.map(lambda s: -lr * s, steps))
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
@@ -546,24 +546,23 @@ def members_of(config):
     return [(setting, seed) for setting in settings_of(config) for seed in seeds]
 
 
-def place(tree, size):
-    """Shard the leading axis (length `size`) over as many devices as divide it."""
+def over_devices(size):
+    """Sharding of a leading axis of length `size` over as many devices as divide it."""
     count = max(n for n in range(1, len(jax.devices()) + 1) if size % n == 0)
-    mesh = Mesh(np.array(jax.devices()[:count]), ("member",))
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec("member")))
+    return NamedSharding(Mesh(np.array(jax.devices()[:count]), ("member",)), PartitionSpec("member"))
 
 
 def init_groups(config, train):
     """The stacked runners of every group of members (one group unless sweep_chunk says otherwise)."""
     members = members_of(config)
     size = config.sweep_chunk or len(members)
-    init = jax.jit(jax.vmap(train.init))
+    init = jax.jit(jax.vmap(train.init), in_shardings=over_devices(size), out_shardings=over_devices(size))
     groups = []
     for start in range(0, len(members), size):
         part = members[start:start + size]
         keys = jnp.stack([jax.random.PRNGKey(seed) for _, seed in part])
         hyper = {name: jnp.array([setting[name] for setting, _ in part], jnp.float32) for name in part[0][0]}
-        groups.append(init(place(keys, size), place(hyper, size)))
+        groups.append(init(keys, hyper))
     return groups
 
 
@@ -581,6 +580,13 @@ def metric_rows(config, tasks, first_update, metrics):
             row = {"update": first_update + update + 1,
                    "steps": (first_update + update + 1) * config.num_lanes * config.rollout_length, "seed": seed}
             yield row | setting | {k: float(v[member, update]) for k, v in flat.items()}
+
+
+def nanmean(x, axis=None):
+    """np.nanmean without its warning where there is nothing to average."""
+    x = np.asarray(x, float)
+    with np.errstate(invalid="ignore"):
+        return np.nansum(x, axis) / (~np.isnan(x)).sum(axis)
 
 
 class Logs:
@@ -620,7 +626,7 @@ class Logs:
         self.write("timing", timing)
         for file, _ in self.writers.values():
             file.flush()
-        means = {k: np.nanmean([r[k] for r in rows if r[k] == r[k]] or [np.nan]) for k in rows[0]}
+        means = {k: nanmean([r[k] for r in rows]) for k in rows[0]}
         scalars = {k: v for k, v in (means | timing).items() if not k.startswith("curve/") and v == v}
         for name, value in scalars.items() if self.board else ():
             self.board.add_scalar(name, value, timing["steps"])
@@ -668,11 +674,10 @@ def plot_returns(config, tasks, folder):
         x = np.array([r["steps"] for r in rows]).reshape(-1, members)[:, 0]
         window = max(1, len(x) // 50)
         n = len(x) // window * window
-        with np.errstate(all="ignore"):
-            y = np.nanmean(y[:n].reshape(-1, window, members), 1)
-            x = x[:n].reshape(-1, window).mean(1)
-            axis.plot(x / 1e6, np.nanmean(y, 1), color="C0")
-            axis.fill_between(x / 1e6, np.nanmin(y, 1), np.nanmax(y, 1), alpha=0.25, lw=0, color="C0")
+        y = nanmean(y[:n].reshape(-1, window, members), 1)
+        x = x[:n].reshape(-1, window).mean(1) / 1e6
+        axis.plot(x, nanmean(y, 1), color="C0")
+        axis.fill_between(x, np.fmin.reduce(y, 1), np.fmax.reduce(y, 1), alpha=0.25, lw=0, color="C0")
         axis.set(title=task, xlabel="million steps")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("episode return")
@@ -686,7 +691,7 @@ def final_scores(config, tasks, folder):
     rows = read_metrics(folder)
     members = len(members_of(config))
     y = np.array([[r[f"return/{t}"] for t in tasks] for r in rows]).reshape(-1, members, len(tasks))
-    return np.nanmean(y[-max(1, len(y) // 10):], 0)
+    return nanmean(y[-max(1, len(y) // 10):], 0)
 
 
 def write_sweep(config, tasks, folder):
@@ -768,8 +773,9 @@ def run(config):
     update = 0
     if config.resume:
         update, groups = restore(manager, groups)
+    sharding = over_devices(len(members) // len(groups))
     chunk = jax.jit(jax.vmap(lambda r: jax.lax.scan(lambda r, _: train.update(r), r, None, config.log_every)),
-                    donate_argnums=0).lower(groups[0]).compile()
+                    donate_argnums=0, in_shardings=sharding, out_shardings=sharding).lower(groups[0]).compile()
     weights = sum(x.size for x in jax.tree.leaves(groups[0].params)) // groups[0].key.shape[0]
     print(f"{folder}: {len(members)} x {config.total_steps:,} steps of {', '.join(tasks)} on "
           f"{jax.device_count()} {jax.devices()[0].platform}; {weights:,} parameters; "

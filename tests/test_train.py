@@ -187,7 +187,7 @@ def test_non_finite_gradients_skip_the_update():
     broken = runner._replace(returns=jnp.full_like(runner.returns, jnp.nan))
     after, metrics = jax.jit(train.update)(broken)
     assert metrics["skipped"] == 1.0
-    bitwise(after.params, runner.params)
+    bitwise(after.params["params"], runner.params["params"])
 
 
 def test_memory_none_resets_every_step():
