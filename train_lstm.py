@@ -129,7 +129,7 @@ class Config(MemoryConfig):
     env: tuple[str, ...] = envs.TRAIN_TASKS  # DMControl tasks (several share the lanes), a gymnax name or brax:NAME
     env_kwargs: tuple[str, ...] = ()  # KEY=VALUE arguments of the environment, such as memory_length=64
     projection: Literal["auto", "gaussian", "orthogonal", "rademacher", "identity", "none"] = "auto"
-    """How the agent meets a task; auto: gaussian for DMControl, none elsewhere"""
+    """how the agent meets a task; auto: gaussian for DMControl, none elsewhere"""
     obs_size: int = 12  # size of a projected observation
     action_size: int = 2  # size of the agent's action before projection
     episodes_per_trial: int = 1  # the memory is reset after so many episodes
@@ -400,9 +400,10 @@ def make_train(config):
         memory = make_memory(config, jnp.float32).zero_state((N,))
         reset = jnp.ones(N, bool)
         params = network.init(net_key, memory, inputs[None], reset[None])
-        values = {name: jnp.float32(getattr(config, name)) for name in SWEEPABLE}
-        return Runner(params, optimiser.init(params), env_state, inputs, memory, reset, jnp.zeros(N),
-                      {"count": jnp.float32(1e-4), "mean": jnp.float32(0), "var": jnp.float32(1)}, values | (hyper or {}), key, jnp.int32(0))
+        values = {name: jnp.float32(getattr(config, name)) for name in SWEEPABLE} | (hyper or {})
+        return_stats = {"count": jnp.float32(1e-4), "mean": jnp.float32(0), "var": jnp.float32(1)}
+        return Runner(params, optimiser.init(params), env_state, inputs, memory, reset, jnp.zeros(N), return_stats,
+                      values, key, jnp.int32(0))
 
     # -- rollout ------------------------------------------------------------------------------------------
     def collect(runner):
@@ -418,17 +419,12 @@ def make_train(config):
             memory, pi, value = policy(memory, inputs, reset)
             action, log_prob = pi.sample_and_log_prob(seed=jax.random.fold_in(action_key, t))
             env_state, next_inputs, out = lanes.step(env_state, action, t)
-            # a truncated trial's final input and the memory that met it wait here for their value
-            slots = [(jax.tree.map(lambda new, old: jnp.where(jnp.expand_dims(
-                          here, tuple(range(1, new.ndim))), new, old), (memory, out.final_input), kept),
-                      jnp.where(here, t, when))
-                     for k, (kept, when) in enumerate(slots)
-                     for here in [out.trial_end & out.truncated & (slots_used(slots) == k)]]
+            # a truncated trial's final input, and the memory that met it, wait in a slot for their value
+            used = jnp.minimum(sum((when >= 0).astype(jnp.int32) for _, when in slots), num_slots - 1)
+            waits, entry = out.trial_end & out.truncated, ((memory, out.final_input), jnp.full(N, t))
+            slots = [envs.select(waits & (used == k), entry, slot) for k, slot in enumerate(slots)]
             stored = Rollout(inputs, reset, action, log_prob, value, out._replace(final_input=jnp.zeros(())))
             return (env_state, next_inputs, memory, out.trial_end | memoryless, slots), stored
-
-        def slots_used(slots):
-            return jnp.minimum(sum((when >= 0).astype(jnp.int32) for _, when in slots), num_slots - 1)
 
         empty = ((runner.memory, runner.inputs), jnp.full(N, -1))
         carry = (runner.env_state, runner.inputs, runner.memory, runner.reset, [empty] * num_slots)
@@ -667,9 +663,12 @@ def plot_returns(config, tasks, folder):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     rows = read_metrics(folder)
-    figure, axes = plt.subplots(1, len(tasks), figsize=(3.2 * len(tasks), 2.8), squeeze=False, sharex=True)
+    columns, lines = min(3, len(tasks)), -(-len(tasks) // 3)
+    figure, axes = plt.subplots(lines, columns, figsize=(3.4 * columns, 2.6 * lines), squeeze=False)
     members = len(members_of(config))
-    for axis, task in zip(axes[0], tasks):
+    for axis in axes.flat[len(tasks):]:
+        axis.remove()
+    for axis, task in zip(axes.flat, tasks):
         y = np.array([r[f"return/{task}"] for r in rows]).reshape(-1, members)
         x = np.array([r["steps"] for r in rows]).reshape(-1, members)[:, 0]
         window = max(1, len(x) // 50)
@@ -678,9 +677,8 @@ def plot_returns(config, tasks, folder):
         x = x[:n].reshape(-1, window).mean(1) / 1e6
         axis.plot(x, nanmean(y, 1), color="C0")
         axis.fill_between(x, np.fmin.reduce(y, 1), np.fmax.reduce(y, 1), alpha=0.25, lw=0, color="C0")
-        axis.set(title=task, xlabel="million steps")
+        axis.set(title=task, xlabel="million steps", ylabel="episode return")
         axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("episode return")
     figure.tight_layout()
     figure.savefig(folder / "returns.png", dpi=120)
     plt.close(figure)
@@ -786,11 +784,17 @@ def run(config):
     bar = tqdm(total=config.num_updates * per_update, initial=update * per_update, unit="step", unit_scale=True)
     begin = last_save = time.perf_counter()
 
+    saved = {update} if config.resume else set()
+
     def save():
-        if update not in manager.all_steps():
+        if update not in saved:
+            if update in manager.all_steps():  # one that could not be read
+                manager.delete(update)
             manager.save(update, args=ocp.args.StandardSave(groups))
+            saved.add(update)
 
     try:
+        save()
         while update < config.num_updates:
             start = time.perf_counter()
             results = [chunk(group) for group in groups]
