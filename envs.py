@@ -619,6 +619,9 @@ class Lanes:
     trial-start flag], with delta=True also o' minus the previous o' (0 at episode starts). Action and reward
     carry over into the next episode of a trial and are 0 at a trial's start.
 
+    A step is `action_repeat` steps of the environment with one action, fewer where the episode ends in between;
+    its reward is their sum. All counts of steps here are of such steps.
+
     stagger: a lane's first trial begins with a uniformly random part of its time already spent. Only the
     clock knows: the physical state is a fresh reset, `time` counts from 0, and `episode_complete` is False.
 
@@ -638,10 +641,10 @@ class Lanes:
     """
 
     def __init__(self, tasks, num_lanes, projection="gaussian", obs_size=12, action_size=2,
-                 episodes_per_trial=1, stagger=True, delta=False, obs_transform="symlog", backend="fused",
-                 env_kwargs=None):
+                 episodes_per_trial=1, action_repeat=1, stagger=True, delta=False, obs_transform="symlog",
+                 backend="fused", env_kwargs=None):
         self.tasks, self.num_lanes, self.projection = tuple(tasks), num_lanes, projection
-        self.episodes_per_trial, self.delta = episodes_per_trial, delta
+        self.episodes_per_trial, self.action_repeat, self.delta = episodes_per_trial, action_repeat, delta
         self.obs_transform = obs_transform
         if not self.tasks or num_lanes < 1 or num_lanes % len(self.tasks):
             raise ValueError(f"cannot split num_lanes={num_lanes} equally among {len(self.tasks)} tasks")
@@ -649,8 +652,9 @@ class Lanes:
             raise ValueError(f"projection must be one of {', '.join(PROJECTIONS)}, got {projection!r}")
         if obs_transform not in ("none", "symlog"):
             raise ValueError(f"obs_transform must be none or symlog, got {obs_transform!r}")
-        if episodes_per_trial < 1:
-            raise ValueError(f"episodes_per_trial must be at least 1, got {episodes_per_trial}")
+        for name, value in (("episodes_per_trial", episodes_per_trial), ("action_repeat", action_repeat)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         self.envs, self.params = zip(*(make(task, backend, **(env_kwargs or {})) for task in self.tasks))
         self.lane_task = np.repeat(np.arange(len(self.tasks)), num_lanes // len(self.tasks))
 
@@ -684,6 +688,7 @@ class Lanes:
         self.input_size = self.obs_size * (1 + delta) + self.action_size + 3
 
         limits = [getattr(params, "max_steps_in_episode", None) for params in self.params]
+        limits = [n and -(-n // action_repeat) for n in limits]
         self.max_episode_steps = min((n for n in limits if n is not None), default=None)
         self.trial_length = self.max_episode_steps and self.max_episode_steps * episodes_per_trial
         self.stagger = stagger and None not in limits
@@ -742,6 +747,23 @@ class Lanes:
         action = jnp.clip(matvec(act_matrix, action), -1.0, 1.0)
         return 0.5 * (self.low + self.high) + 0.5 * (self.high - self.low) * action
 
+    def _advance(self, i, keys, state, action):
+        """action_repeat steps of task i's n lanes: (flat observation, state, reward, terminated, truncated)."""
+        env, params = self.envs[i], self.params[i]
+
+        def once(k, old):
+            repeat_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, k)
+            obs, state, reward, terminated, _ = jax.vmap(env.step_env, (0, 0, 0, None))(
+                repeat_keys, old[1], action, params)
+            reward = old[2] + reward.reshape(-1).astype(jnp.float32)
+            truncated = jax.vmap(env.is_truncated, (0, None))(state, params)
+            new = self._flat_obs(i, obs), state, reward, terminated, truncated
+            return select(~(old[3] | old[4]), new, old)
+
+        n, no = action.shape[0], jnp.zeros(action.shape[0], bool)
+        none = jnp.zeros((n, max(self.obs_dims))), state, jnp.zeros(n), no, no
+        return jax.lax.fori_loop(0, self.action_repeat, once, none)
+
     # -- interface ------------------------------------------------------------------------------------------
     def reset(self, key):
         """All lanes at the start of a trial: (LanesState, inputs (num_lanes, input_size) float32)."""
@@ -764,7 +786,7 @@ class Lanes:
         return state, inputs
 
     def step(self, state, action, t=0):
-        """One control step of every lane.
+        """One step of every lane.
 
         action: (num_lanes, action_size) float, or (num_lanes,) int if discrete. t: int, step index within the
         rollout; decides when spares are drawn (0: now). Under vmap over seeds it should stay unbatched
@@ -780,13 +802,10 @@ class Lanes:
         control = self._control(state.act_matrix, action)
         stepped, outs = [], []
         step_keys = self._blocks(jax.random.split(step_key, self.num_lanes))
-        for i, (env, params, block) in enumerate(zip(self.envs, self.params, self._blocks(control))):
+        for i, (env, block) in enumerate(zip(self.envs, self._blocks(control))):
             if not self.discrete:
                 block = block[:, :self.act_dims[i]].reshape(-1, *self.act_shapes[i])
-            obs, env_state, reward, terminated, _ = jax.vmap(env.step_env, (0, 0, 0, None))(
-                step_keys[i], state.env[i], block, params)
-            truncated = jax.vmap(env.is_truncated, (0, None))(env_state, params)
-            obs, reward = self._flat_obs(i, obs), reward.reshape(-1).astype(jnp.float32)
+            obs, env_state, reward, terminated, truncated = self._advance(i, step_keys[i], state.env[i], block)
             sound = jnp.isfinite(obs).all(-1) & jnp.isfinite(reward)
             if isinstance(env, DMC):  # NaN fails the comparison
                 sound &= jnp.isfinite(env_state.qpos).all(-1) & (jnp.abs(env_state.qvel) <= 1e4).all(-1)

@@ -108,7 +108,7 @@ def load(folder):
         members, params = [members[i] for i in index], jax.tree.map(lambda x: x[index], params)
     tasks = tuple(t.removeprefix("dmc:") if envs.is_dmc(t) else t for t in config.env)
     return Agent(folder, trainer, config, params, [seed for _, seed in members],
-                 update * config.num_lanes * config.rollout_length, config.resolved_projection, tasks,
+                 update * config.steps_per_update, config.resolved_projection, tasks,
                  train.lanes.obs_size, train.lanes.action_size)
 
 
@@ -267,14 +267,14 @@ class Result(NamedTuple):
     agent: Agent
     tasks: tuple
     returns: dict  # {policy: (tasks, seeds, trials)}
-    curves: dict  # {policy: (tasks, seeds, trials, BINS)} mean reward of a step by time since the trial began
+    curves: dict  # {policy: (tasks, seeds, trials, BINS)} mean reward of an environment step by time
     counts: dict  # likewise, the number of steps in each bin
     episodes: dict  # {policy: (tasks, seeds, trials, episodes)} return by episode, NaN if not reached
     projections: dict  # {column: (tasks, seeds, trials)} returns, NaN where a task does not fit
-    horizon: int  # steps of a trial
+    horizon: int  # environment steps of a trial
 
 
-def summarise(out, tasks, episodes):
+def summarise(out, tasks, episodes, repeat):
     """Rollout (T, V, N) -> returns, curves, counts and episodes, each (V, tasks, N / tasks, ...)."""
     reward, alive, end = (np.asarray(out[k], np.float64) for k in ("reward", "alive", "episode_end"))
     T = len(reward)
@@ -282,7 +282,7 @@ def summarise(out, tasks, episodes):
     place = np.arange(T) * BINS // T
     totals, counts = (np.stack([x[place == b].sum(0) for b in range(BINS)], -1) for x in (reward, alive))
     with np.errstate(invalid="ignore"):
-        curves = totals / counts
+        curves = totals / counts / repeat
     number = np.cumsum(end, 0) - end  # index of the episode that each step belongs to
     by_episode = np.stack([np.where((alive * (number == e)).any(0), (reward * (number == e)).sum(0), np.nan)
                            for e in range(episodes)], -1)
@@ -315,7 +315,7 @@ def measure(agent, tasks, trials, episodes, projections, sizes, shown):
             params = jax.tree.map(lambda x: x[seed], agent.params)
             out = jax.device_get(rollout(params, state, inputs, variants))
             diverged += out["diverged"][:, :len(part)].sum()
-            outs.append(summarise(out, len(tasks), episodes))
+            outs.append(summarise(out, len(tasks), episodes, lanes.action_repeat))
         for v, (name, *_) in enumerate(part):
             found[name] = [np.stack([seed[k][v] for seed in outs], 1) for k in range(4)]
     if diverged:
@@ -326,7 +326,7 @@ def measure(agent, tasks, trials, episodes, projections, sizes, shown):
         table[name] = np.where(fitting[:, None, None], found[name][0], np.nan)
     order = [c for f in FAMILIES for c in table if c == f] + [c for c in table if c not in FAMILIES]
     by_policy = [{name: found[name][k] for name in POLICIES} for k in range(4)]
-    return Result(agent, tasks, *by_policy, {c: table[c] for c in order}, horizon(lanes))
+    return Result(agent, tasks, *by_policy, {c: table[c] for c in order}, horizon(lanes) * lanes.action_repeat)
 
 
 def record(agent, task, trials, episodes, shown):
@@ -349,8 +349,8 @@ def record(agent, task, trials, episodes, shown):
                       "acts": told["action"], "control": np.clip(told["action"] @ matrices[1].T, -1, 1),
                       "ends": np.flatnonzero(told["episode_end"]).tolist()})
     return {"task": task, "run": agent.folder.name, "trainer": agent.trainer.__name__, "family": agent.family,
-            "seed": agent.seeds[0], "trial": lane, "trials": trials, "actions": shown.split(", ")[1],
-            "held_out": task not in agent.tasks, "obs_matrix": matrices[0], "act_matrix": matrices[1],
+            "action_repeat": lanes.action_repeat, "seed": agent.seeds[0], "trial": lane, "trials": trials,
+            "actions": shown.split(", ")[1], "held_out": task not in agent.tasks, "obs_matrix": matrices[0], "act_matrix": matrices[1],
             "sides": sides}
 
 

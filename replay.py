@@ -133,8 +133,8 @@ def write(data, path):
         "target": None if side["target"] is None else rounded(side["target"] + TARGETS[task][0])}
         for side in data["sides"]]
     page = data | {
-        "seconds": model.opt.timestep * envs.TASKS[task].substeps, "axes": ["xyz"[a] for a in scene.axes],
-        "view": scene.view, "bodies": shapes(model, scene), "string": string(model, scene),
+        "seconds": model.opt.timestep * envs.TASKS[task].substeps * data["action_repeat"],
+        "axes": ["xyz"[a] for a in scene.axes], "view": scene.view, "bodies": shapes(model, scene), "string": string(model, scene),
         "target_radius": TARGETS[task][1] if task in TARGETS else 0,
         "ctrl_names": [model.actuator(i).name for i in range(model.nu)],
         "obs_names": scene.obs[:envs.TASKS[task].obs_dim], "obs_matrix": rounded(data["obs_matrix"], 3),

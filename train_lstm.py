@@ -34,7 +34,7 @@ from tqdm import tqdm
 import envs
 
 # ---------------------------------------------------------------------------------------------------------
-# Memory: the only section in which train_s5.py and train_lstm.py differ
+# Memory: the only section in which the trainers differ
 # ---------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
 class MemoryConfig:
@@ -132,6 +132,7 @@ class Config(MemoryConfig):
     """how the agent meets a task; auto: gaussian for DMControl, none elsewhere"""
     obs_size: int = 12  # size of a projected observation
     action_size: int = 2  # size of the agent's action before projection
+    action_repeat: int = 1  # environment steps that an action lasts
     episodes_per_trial: int = 1  # the memory is reset after so many episodes
     delta: bool = True  # also show the change of the projected observation
     memory: Literal["full", "none"] = "full"  # none: the memory is reset at every step (the memoryless control)
@@ -170,8 +171,11 @@ class Config(MemoryConfig):
 
     @property
     def num_updates(self) -> int:
-        per_call = self.num_lanes * self.rollout_length * self.log_every
-        return -(-self.total_steps // per_call) * self.log_every
+        return -(-self.total_steps // (self.steps_per_update * self.log_every)) * self.log_every
+
+    @property
+    def steps_per_update(self) -> int:
+        return self.num_lanes * self.rollout_length * self.action_repeat
 
     @property
     def resolved_projection(self) -> str:
@@ -185,7 +189,7 @@ class Config(MemoryConfig):
                 raise ValueError(message)
 
         for name in ("width", "layers", "total_steps", "num_lanes", "rollout_length", "num_seeds", "epochs",
-                     "minibatches", "episodes_per_trial", "obs_size", "action_size", "log_every"):
+                     "minibatches", "episodes_per_trial", "action_repeat", "obs_size", "action_size", "log_every"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("lr", "clip_eps", "max_grad_norm"):
             require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
@@ -372,7 +376,8 @@ def make_lanes(config, **changes):
     arguments = dict(
         tasks=config.env, num_lanes=config.num_lanes, projection=config.resolved_projection,
         obs_size=config.obs_size, action_size=config.action_size, episodes_per_trial=config.episodes_per_trial,
-        delta=config.delta, backend=config.backend, env_kwargs=parse_env_kwargs(config.env_kwargs))
+        action_repeat=config.action_repeat, delta=config.delta, backend=config.backend,
+        env_kwargs=parse_env_kwargs(config.env_kwargs))
     return envs.Lanes(**(arguments | changes))
 
 
@@ -520,9 +525,9 @@ def make_train(config):
         curve_bin = jnp.clip(step.time * CURVE_BINS // length, 0, CURVE_BINS - 1)
         index = jnp.asarray(lanes.lane_task) * CURVE_BINS + curve_bin
         totals = [jax.ops.segment_sum(x.ravel(), index.ravel(), tasks * CURVE_BINS).reshape(tasks, CURVE_BINS)
-                  for x in (step.reward, jnp.ones_like(step.reward))]
+                  for x in (step.reward / config.action_repeat, jnp.ones_like(step.reward))]
         return {"return": by_task(jnp.where(whole, step.episode_return, 0.0)) / by_task(whole),
-                "reward": by_task(step.reward) / (T * N // tasks), "curve": totals[0] / totals[1],
+                "reward": by_task(step.reward) / (config.steps_per_update // tasks), "curve": totals[0] / totals[1],
                 "diverged": step.diverged.sum()}
 
     def train(key, hyper=None):
@@ -574,7 +579,7 @@ def metric_rows(config, tasks, first_update, metrics):
     for update in range(config.log_every):
         for member, (setting, seed) in enumerate(members_of(config)):
             row = {"update": first_update + update + 1,
-                   "steps": (first_update + update + 1) * config.num_lanes * config.rollout_length, "seed": seed}
+                   "steps": (first_update + update + 1) * config.steps_per_update, "seed": seed}
             yield row | setting | {k: float(v[member, update]) for k, v in flat.items()}
 
 
@@ -780,7 +785,7 @@ def run(config):
           f"ready in {time.perf_counter() - begin:.1f} s")
 
     logs = Logs(config, folder, update)
-    per_update = config.num_lanes * config.rollout_length
+    per_update = config.steps_per_update
     bar = tqdm(total=config.num_updates * per_update, initial=update * per_update, unit="step", unit_scale=True)
     begin = last_save = time.perf_counter()
 

@@ -484,6 +484,38 @@ def test_lane_is_the_projected_environment():
         np.testing.assert_allclose(out.reward[rows], reward, rtol=1e-5)
 
 
+@pytest.mark.parametrize("tasks,steps", [(("finger-spin", "reacher-easy"), 4), (("CartPole-v1",), 12)])
+def test_action_repeat(tasks, steps):
+    """A step is so many with the same action; an episode that ends in between waits for the next step."""
+    projection = "none" if len(tasks) == 1 else "gaussian"
+    once, thrice = (envs.Lanes(tasks, 4, projection=projection, stagger=False, action_repeat=k) for k in (1, 3))
+    state = fine = once.reset(jax.random.PRNGKey(0))[0]
+    single, triple = jax.jit(once.step), jax.jit(thrice.step)
+    over, early = np.zeros(4, bool), 0
+    for t in range(1, steps):
+        key = jax.random.PRNGKey(t)
+        action = jax.random.normal(key, (4, 2)) if not once.discrete else jnp.full(4, t // 6 % 2)
+        state, inputs, out = triple(state, action, t)
+        reward, ended = np.zeros(4), over.copy()
+        for k in range(3):
+            fine, fine_inputs, fine_out = single(fine, action, t)
+            reward += np.where(ended, 0, fine_out.reward)
+            early += (fine_out.terminated & ~ended).sum() if k < 2 else 0
+            ended |= np.asarray(fine_out.episode_end)
+        live = ~over
+        np.testing.assert_allclose(out.reward[live], reward[live], rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(out.episode_end[live], ended[live])
+        over = ended
+        size = once.obs_size
+        np.testing.assert_allclose(inputs[~over, :size], fine_inputs[~over, :size], rtol=1e-4, atol=1e-5)
+    if once.discrete:
+        assert over.all() and early > 0
+    else:
+        assert thrice.trial_length == 334 and not over.any()
+    with pytest.raises(ValueError, match="action_repeat"):
+        envs.Lanes(tasks, 4, projection=projection, action_repeat=0)
+
+
 def test_trials_of_several_episodes():
     """Flags, clocks, returns, what carries over and what is drawn anew: trials of 3 episodes of 6 steps."""
     lanes = envs.Lanes(["reacher-easy"], 5, episodes_per_trial=3, stagger=False, delta=True,
