@@ -251,18 +251,18 @@ def plot_returns(series, result, path, better=()):
     save(figure, path)
 
 
-def plot_over(result, data, x, xlabel, ylabel, policies, least, path):
-    """A panel per task: data[policy] (tasks, seeds, trials, K) over x (K,). DMControl: 0 to >= `least`."""
+def plot_over(series, result, x, xlabel, ylabel, least, path):
+    """A panel per task for series [(name, style, data (tasks, seeds, trials, K))] over x (K,). DMControl: from 0 to
+    `least` or more."""
     columns = min(4, len(result.tasks))
     rows = -(-len(result.tasks) // columns)
     figure, axes = panels(rows, columns, figsize=(2.5 * columns + 0.5, 1.9 * rows + 0.8), sharex=True)
     for axis in axes.ravel()[len(result.tasks):]:
         axis.axis("off")
     for i, (axis, task) in enumerate(zip(axes.ravel(), result.tasks)):
-        for policy in policies:
-            colour, marker, line = STYLE[policy]
-            mean, low, high = curve_statistics(data[policy][i])
-            axis.plot(x, mean, line, color=colour, marker=marker, ms=2.5, lw=1.2, label=policy)
+        for name, (colour, marker, line), data in series:
+            mean, low, high = curve_statistics(data[i])
+            axis.plot(x, mean, line, color=colour, marker=marker, ms=2.5, lw=1.2, label=name)
             axis.fill_between(x, low, high, color=colour, alpha=0.18, lw=0)
         axis.set_title(task + ("" if task in result.agent.tasks else " (held out)"), fontsize=9)
         if result.agent.dmc:
@@ -271,6 +271,12 @@ def plot_over(result, data, x, xlabel, ylabel, policies, least, path):
     figure.supxlabel(xlabel, fontsize=9)
     figure.supylabel(ylabel, fontsize=9)
     save(figure, path)
+
+
+def plot_curves(series, result, path):
+    """Reward against time since the trial began, see plot_over."""
+    steps = (np.arange(BINS) + 0.5) * result.horizon / BINS
+    plot_over(series, result, steps, "environment steps since the trial began", "reward per step", 0.05, path)
 
 
 def plot_projections(results, path):
@@ -325,10 +331,9 @@ def write_report(result, shown, folder):
         (folder / stale).unlink(missing_ok=True)
     write_tables(result, folder)
     policies = (shown, shown.replace("memory", "reset"), "random")
+    chosen = lambda data: [(p, STYLE[p], data[p]) for p in policies]  # noqa: E731
     plot_returns([(p, STYLE[p], x) for p, x in result.returns.items()], result, folder / "returns.png")
-    steps = (np.arange(BINS) + 0.5) * result.horizon / BINS
-    plot_over(result, result.curves, steps, "control steps since the trial began", "reward per step",
-              policies, 0.05, folder / "curves.png")
+    plot_curves(chosen(result.curves), result, folder / "curves.png")
     parts = [f"# {label_of(result)}", describe(result) + "."]
     for group, index in reversed(groups(result).items()):
         parts += [f"## Tasks {group}", returns_table(result, index)]
@@ -336,8 +341,8 @@ def write_report(result, shown, folder):
               "and with memory reset at every step.", "![curves](curves.png)"]
     episodes = result.episodes[shown].shape[-1]
     if episodes > 1:
-        plot_over(result, result.episodes, 1 + np.arange(episodes), "episode of the trial",
-                  "return of the episode", policies, 50, folder / "episodes.png")
+        plot_over(chosen(result.episodes), result, 1 + np.arange(episodes), "episode of the trial",
+                  "return of the episode", 50, folder / "episodes.png")
         parts += ["![episodes](episodes.png)"]
     if result.projections:
         plot_projections([result], folder / "projections.png")
@@ -356,8 +361,9 @@ def write_comparison(results, shown, folder):
     if not tasks:
         raise ValueError("these runs have no task in common to be compared on")
     projected = [r for r in results if r.projections]
-    results = [r._replace(tasks=tuple(tasks), returns={
-        p: x[[r.tasks.index(t) for t in tasks]] for p, x in r.returns.items()}) for r in results]
+    shared = [[r.tasks.index(t) for t in tasks] for r in results]
+    results = [r._replace(tasks=tuple(tasks), returns={p: x[index] for p, x in r.returns.items()},
+                          curves={p: x[index] for p, x in r.curves.items()}) for r, index in zip(results, shared)]
     first, styles = results[0], RUN_STYLES * len(results)
     better = improvements(results, shown)
     write_csv(folder / "improvement.csv", better)
@@ -366,14 +372,17 @@ def write_comparison(results, shown, folder):
         for group, index in groups(first).items() for label, which in rows_of(first, index) for r in results])
     plot_returns([(label_of(r), style, r.returns[shown]) for r, style in zip(results, styles)], first,
                  folder / "comparison.png", better)
+    plot_curves([(label_of(r), style, r.curves[shown]) for r, style in zip(results, styles)], first,
+                folder / "comparison_curves.png")
     parts = [improvements_table(better)]
     if projected:
         plot_projections(projected, folder / "trained_on_evaluated_on.png")
         parts += ["## Projections: trained on, evaluated on", projections_table(projected)]
     for group, index in groups(first).items():
         parts += [f"## Tasks {group} ({label_of(first)})", comparison_table(results, shown, index)]
-    pictures = ["![comparison](comparison.png)", "![projections](trained_on_evaluated_on.png)"]
-    pictures = pictures[:1 + bool(projected)]
+    pictures = ["![comparison](comparison.png)", "![in context](comparison_curves.png)",
+                "![projections](trained_on_evaluated_on.png)"]
+    pictures = pictures[:2 + bool(projected)]
     head = [f"# Comparison ({shown})", "\n".join(f"- {describe(r)}" for r in results), *pictures]
     (folder / "comparison.md").write_text("\n\n".join([*head, *parts, NOTES]) + "\n")
     return "\n\n".join(parts)

@@ -93,7 +93,8 @@ class Config(MemoryConfig):
     action_repeat: int = 1  # environment steps that an action lasts
     episodes_per_trial: int = 1  # the memory is reset after so many episodes
     delta: bool = True  # also show the change of the projected observation
-    memory: Literal["full", "none"] = "full"  # none: the memory is reset at every step (the memoryless control)
+    memory: Literal["full", "none", "unreset"] = "full"
+    """none: reset at every step (the memoryless control); unreset: never, so that trials run into each other"""
     backend: Literal["fused", "mjx"] = "fused"  # physics
     # how long, how wide
     total_steps: int = 20_000_000  # environment steps of one seed (rounded up to whole logging periods)
@@ -355,7 +356,7 @@ def make_train(config):
     N, T, tasks = config.num_lanes, config.rollout_length, len(lanes.tasks)
     num_slots = 1 + (T - 1) // (lanes.max_episode_steps or T)  # truncations that one rollout can hold per lane
     optimiser = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optax.scale_by_adam(eps=1e-5))
-    memoryless = config.memory == "none"
+    memoryless, forgets = config.memory == "none", config.memory != "unreset"
 
     def init(key, hyper=None):
         key, env_key, net_key = jax.random.split(key, 3)
@@ -387,7 +388,7 @@ def make_train(config):
             waits, entry = out.trial_end & out.truncated, ((memory, out.final_input), jnp.full(N, t))
             slots = [envs.select(waits & (used == k), entry, slot) for k, slot in enumerate(slots)]
             stored = Rollout(inputs, reset, action, log_prob, value, out._replace(final_input=jnp.zeros(())))
-            return (env_state, next_inputs, memory, out.trial_end | memoryless, slots), stored
+            return (env_state, next_inputs, memory, out.trial_end & forgets | memoryless, slots), stored
 
         empty = ((runner.memory, runner.inputs), jnp.full(N, -1))
         carry = (runner.env_state, runner.inputs, runner.memory, runner.reset, [empty] * num_slots)
@@ -511,15 +512,22 @@ def over_devices(size):
     return NamedSharding(Mesh(np.array(jax.devices()[:count]), ("member",)), PartitionSpec("member"))
 
 
-def for_members(function, size):
-    """function for a leading axis of `size` members, compiled to share them out among the devices.
+def over_members(function):
+    """function over a leading axis of members: an accelerator runs them side by side, a CPU one after another.
 
-    An accelerator runs its members side by side, a CPU one after another: there, matrix products batched over
-    members cost more than twice their own time.
+    On a CPU, matrix products batched over members cost more than twice their own time.
     """
-    here = jax.vmap(function) if jax.default_backend() != "cpu" else lambda x: jax.lax.map(function, x)
-    mesh, spec = over_devices(size).mesh, over_devices(size).spec
-    return jax.jit(jax.shard_map(here, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False), donate_argnums=0)
+    if jax.default_backend() != "cpu":
+        return jax.vmap(function)
+    return lambda *args: jax.lax.map(lambda one: function(*one), args)
+
+
+def compile_for_members(function, runners):
+    """function compiled for a group of stacked runners, which it takes over, shared out among the devices."""
+    sharding = over_devices(runners.num_updates.shape[0])
+    mapped = jax.shard_map(over_members(function), mesh=sharding.mesh, in_specs=sharding.spec,
+                           out_specs=sharding.spec, check_vma=False)
+    return jax.jit(mapped, donate_argnums=0).lower(runners).compile()
 
 
 def init_groups(config, train):
@@ -745,8 +753,8 @@ def run(config):
     update = 0
     if config.resume:
         update, groups = restore(manager, groups)
-    chunk = for_members(lambda r: jax.lax.scan(lambda r, _: train.update(r), r, None, config.log_every),
-                        len(members) // len(groups)).lower(groups[0]).compile()
+    chunk = compile_for_members(
+        lambda runner: jax.lax.scan(lambda r, _: train.update(r), runner, None, config.log_every), groups[0])
     weights = sum(x.size for x in jax.tree.leaves(groups[0].params)) // groups[0].key.shape[0]
     print(f"{folder}: {len(members)} x {config.total_steps:,} steps of {', '.join(tasks)} on "
           f"{jax.device_count()} {jax.devices()[0].platform}; {weights:,} parameters; "

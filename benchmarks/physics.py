@@ -1,81 +1,179 @@
-"""Environment steps per second: the fused physics against MJX on the same tasks, in one process.
+"""Physics backends on the same tasks: fused, MJX and C MuJoCo. Speed, compile time, agreement.
 
-    python benchmarks/physics.py                            # the six training tasks, one by one and together
-    python benchmarks/physics.py --batch 64 --tasks finger-spin pendulum-swingup
+    python benchmarks/physics.py                                     # eleven tasks, batches 1 ... 8192
+    python benchmarks/physics.py --batches 64 --tasks finger-spin pendulum-swingup
+    python benchmarks/physics.py --batches 252 --mjx-batch 252 \\
+        --tasks ball_in_cup-catch+cartpole-swingup+finger-spin+finger-turn_hard+point_mass-easy+reacher-easy
 
-A step is everything that training pays for: control step, reward, observation, projection and automatic reset
-(envs.Lanes.step in a compiled scan). Medians of several calls, synchronised, after a warm-up; MJX runs fewer steps.
+A step of "fused" and "mjx" is everything that training pays for: control step, reward, observation,
+projection and automatic reset (envs.Lanes.step in a compiled scan); names joined by + share lanes equally.
+A step of "C-n-threads" (mujoco.rollout) is the control step alone, in double precision: no reward, no
+observation, no reset, which flatters it. "playground" rows are mujoco_playground's own ports, stepped without
+reset, where that package is installed. MJX and playground are slow: one batch size, few steps.
+
+error_qpos and error_qvel: the largest difference from C MuJoCo after one control step in float32, over 64
+states that C reaches from fresh starts by up to 50 random actions (metres and radians, and those per second).
+Medians of several calls, synchronised, after a warm-up.
 """
 
 import argparse
-import csv
-import statistics
-import sys
-import time
+import importlib.util
+import os
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from common import RESULTS, Table, compile_program, plot_into, seconds  # first: it finds the project
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
+import jax
+import jax.numpy as jnp
+import mujoco
+import mujoco.rollout
+import numpy as np
 
-import envs  # noqa: E402
+import envs
+import physics
+
+STATES, ACTIONS_BEFORE = 64, 50  # of the error
+PLAYGROUND = {task: task.replace("-", "_").title().replace("_", "") for task in envs.TASKS} | {
+    "ball_in_cup-catch": "BallInCup", "point_mass-easy": "PointMass"}  # registered names
 
 
-def steps_per_second(tasks, batch, backend, steps, repeats):
-    """(environment steps per second, seconds to compile) of `steps` steps on `batch` lanes."""
+def scanned(step, state, actions, repeats):
+    """(calls per second, compile seconds) of step(state, (t, action)), scanned over actions (T, ...)."""
+    compiled = compile_program(lambda s, a: jax.lax.scan(step, s, (jnp.arange(len(a)), a)), state, actions)
+    took = seconds(compiled.run, state, actions, repeats=repeats, budget=5.0)
+    return len(actions) / took, compiled.compile_s
+
+
+def lanes_speed(tasks, batch, backend, steps, repeats):
+    """(environment steps per second, compile seconds) of `steps` steps on `batch` lanes."""
     lanes = envs.Lanes(tasks, batch, delta=True, backend=backend)
     state, _ = jax.jit(lanes.reset)(jax.random.PRNGKey(0))
+
+    def step(state, x):
+        state, inputs, out = lanes.step(state, x[1], x[0] + 1)
+        return state, inputs.sum() + out.reward.sum()
+
     actions = jax.random.normal(jax.random.PRNGKey(1), (steps, batch, lanes.action_size))
+    calls, compile_s = scanned(step, state, actions, repeats)
+    return batch * calls, compile_s
 
-    @jax.jit
-    def rollout(state, actions):
-        def step(state, x):
-            state, inputs, out = lanes.step(state, x[1], x[0] + 1)
-            return state, inputs.sum() + out.reward.sum()
-        return jax.lax.scan(step, state, (jnp.arange(steps), actions))
 
-    start = time.perf_counter()
-    compiled = rollout.lower(state, actions).compile()
-    compile_seconds = time.perf_counter() - start
-    state, _ = jax.block_until_ready(compiled(state, actions))
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        state, _ = jax.block_until_ready(compiled(state, actions))
-        seconds.append(time.perf_counter() - start)
-    return batch * steps / statistics.median(seconds), compile_seconds
+def playground_speed(task, batch, steps, repeats):
+    """As lanes_speed, of mujoco_playground's port of `task`."""
+    from mujoco_playground import registry
+    env = registry.load(PLAYGROUND[task])
+    state = jax.jit(jax.vmap(env.reset))(jax.random.split(jax.random.PRNGKey(0), batch))
+
+    def step(state, x):
+        state = jax.vmap(env.step)(state, x[1])
+        return state, state.reward.sum()
+
+    actions = jax.random.uniform(jax.random.PRNGKey(1), (steps, batch, env.action_size), minval=-1.0)
+    calls, compile_s = scanned(step, state, actions, repeats)
+    return batch * calls, compile_s
+
+
+def full_states(model, qpos, qvel):
+    """MuJoCo's full-physics states (n, size): time, positions, velocities, no activations."""
+    return np.concatenate([np.zeros((len(qpos), 1)), qpos, qvel], 1)
+
+
+def starts(model, task, count):
+    """Fresh starts of the task: full-physics states (count, size)."""
+    env, params = envs.make(task)
+    keys = jax.random.split(jax.random.PRNGKey(0), count)
+    _, state = jax.jit(jax.vmap(env.reset_env, (0, None)))(keys, params)
+    return full_states(model, *map(np.float64, (state.qpos, state.qvel)))
+
+
+def c_speed(model, substeps, start, threads, steps, repeats):
+    """Control steps per second of mujoco.rollout from full-physics states `start` (n, size)."""
+    control = np.random.default_rng(0).uniform(-1, 1, (len(start), steps, model.nu)).repeat(substeps, 1)
+    data = [mujoco.MjData(model) for _ in range(threads)]
+    with mujoco.rollout.Rollout(nthread=threads if threads > 1 else 0) as pool:
+        took = seconds(pool.rollout, model, data, start, control, repeats=repeats, budget=5.0)
+    return len(start) * steps / took
+
+
+def errors(model, substeps, start, backends):
+    """{backend: (largest difference of qpos, of qvel) from C MuJoCo after one control step}."""
+    rng, data = np.random.default_rng(0), mujoco.MjData(model)
+    control = rng.uniform(-1, 1, (len(start), ACTIONS_BEFORE + 1, model.nu)).astype(np.float32)
+    states, _ = mujoco.rollout.rollout(model, data, start, control.repeat(substeps, 1).astype(float))
+    begin = states[np.arange(len(start)), rng.integers(1, ACTIONS_BEFORE + 1, len(start)) * substeps - 1]
+    qpos, qvel = np.float32(begin[:, 1:1 + model.nq]), np.float32(begin[:, 1 + model.nq:])
+    begin, last = full_states(model, qpos, qvel), control[:, -1:].repeat(substeps, 1)
+    states, _ = mujoco.rollout.rollout(model, data, begin, last.astype(float))
+    found = {}
+    for backend in backends:
+        step = jax.jit(jax.vmap(physics.make_step(model, substeps, backend)))
+        new_qpos, new_qvel, _ = step(qpos, qvel, control[:, -1])
+        truth = states[:, -1, 1:1 + model.nq], states[:, -1, 1 + model.nq:]
+        found[backend] = tuple(float(np.abs(a - b).max()) for a, b in zip((new_qpos, new_qvel), truth))
+    return found
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", default=[*envs.TRAIN_TASKS, "+".join(envs.TRAIN_TASKS)],
-                        help="task names; names joined by + share the lanes")
-    parser.add_argument("--batch", type=int, nargs="+", default=[252])
-    parser.add_argument("--steps", type=int, default=256, help="of a call on the fused physics; MJX runs a 16th")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", default=list(envs.TASKS),
+                        help="task names; those joined by + share lanes")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 32, 512, 8192])
+    parser.add_argument("--mjx-batch", type=int, default=64, help="of MJX and playground (0: leave both out)")
+    parser.add_argument("--steps", type=int, default=32768, help="of all lanes in a call; MJX runs a 256th")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the threaded C rows")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "physics.csv")
+    parser.add_argument("--out", type=Path, default=RESULTS / "physics.csv", help="a picture goes beside it")
     options = parser.parse_args()
-    print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}")
-    rows = []
+    ports = importlib.util.find_spec("mujoco_playground") is not None
+    if not ports:
+        print("mujoco_playground is not installed: its ports are left out")
+    table = Table(options.out)
+
     for name in options.tasks:
-        for batch in options.batch:
-            tasks = name.split("+")
-            row = {"tasks": name if len(tasks) == 1 else f"{len(tasks)} tasks", "batch": batch}
-            for backend, steps in (("fused", options.steps), ("mjx", max(1, options.steps // 16))):
-                speed, compile_seconds = steps_per_second(tasks, batch, backend, steps, options.repeats)
-                row |= {f"{backend}_steps_per_s": round(speed), f"{backend}_compile_s": round(compile_seconds, 1)}
-            row["ratio"] = round(row["fused_steps_per_s"] / row["mjx_steps_per_s"], 1)
-            if not rows:
-                print(" ".join(f"{column:>18s}" for column in row))
-            rows.append(row)
-            print(" ".join(f"{value:>18}" for value in row.values()), flush=True)
-    options.out.parent.mkdir(exist_ok=True, parents=True)
-    with options.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+        tasks, error, alone = name.split("+"), {}, "+" not in name
+
+        def row(backend, batch, speed, compile_s=None):
+            error_qpos, error_qvel = error.get(backend, (None, None))
+            table.add(
+                tasks=name if alone else f"{len(tasks)}-tasks", backend=backend, batch=batch,
+                steps_per_s=round(speed), compile_s=compile_s, error_qpos=error_qpos, error_qvel=error_qvel)
+
+        if alone:
+            task = name.removeprefix("dmc:")
+            model = mujoco.MjModel.from_xml_string(envs.TASKS[task].model)
+            substeps = envs.TASKS[task].substeps
+            backends = ("fused", "mjx") if options.mjx_batch else ("fused",)
+            error = errors(model, substeps, starts(model, task, STATES), backends)
+        for batch in options.batches:
+            steps = max(2, min(options.steps // batch, 1024))
+            row("fused", batch, *lanes_speed(tasks, batch, "fused", steps, options.repeats))
+            if alone:
+                start = starts(model, task, batch)
+                for threads in sorted({1, options.threads}):
+                    row(f"C-{threads}-thread{'s' * (threads > 1)}", batch,
+                        c_speed(model, substeps, start, threads, steps, options.repeats))
+        if options.mjx_batch:
+            batch, steps = options.mjx_batch, max(2, options.steps // 256 // options.mjx_batch)
+            row("mjx", batch, *lanes_speed(tasks, batch, "mjx", steps, options.repeats))
+            if ports and alone:
+                row("playground", batch, *playground_speed(task, batch, steps, options.repeats))
+
+    shown = list(dict.fromkeys(row["tasks"] for row in table.rows))
+    columns = min(4, len(shown))
+
+    def draw(axis, i, j):
+        if i * columns + j >= len(shown):
+            axis.remove()
+            return
+        rows = [row for row in table.rows if row["tasks"] == shown[i * columns + j]]
+        for backend in dict.fromkeys(row["backend"] for row in rows):
+            points = [(row["batch"], row["steps_per_s"]) for row in rows if row["backend"] == backend]
+            axis.loglog(*zip(*points), "o-", ms=4, label=backend)
+        axis.set(title=shown[i * columns + j], xlabel="batch", ylabel="control steps per second")
+        axis.legend(fontsize=7)
+
+    plot_into(options.out.with_suffix(".png"), -(-len(shown) // columns), columns, draw)
 
 
 if __name__ == "__main__":

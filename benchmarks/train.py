@@ -1,52 +1,99 @@
-"""Where the wall time of training goes: environment, acting, update; compile time; steps per second.
+"""Where the wall time of training goes: environment, acting, update; compile time, memory, achieved FLOP/s.
 
-    python benchmarks/train.py                       # the default configurations of both trainers
-    python benchmarks/train.py --lanes 96 192 384    # against the number of lanes
+    python benchmarks/train.py                               # three trainers, and train_s5 along four axes
+    python benchmarks/train.py --trainers train_s5 --lanes 96 192 384 --rollouts --widths --seeds
+    python benchmarks/train.py --reference                   # the released implementation's configuration
 
-Environment: one rollout of steps with given actions. Acting: what a rollout with the policy costs beyond that.
-Update: what a whole PPO iteration costs beyond the rollout. Medians of several calls, synchronised, after a warm-up.
+Every axis is walked alone, from the trainers' defaults for this device, by the trainers named in --along.
+
+    environment  one rollout of steps with given actions
+    acting       what a rollout with the policy costs beyond that
+    update       what a whole PPO iteration costs beyond the rollout
+    compile      seconds to compile `init` and `update`, with an empty compilation cache (cold) and again out
+                 of it, with nothing in memory (cached); tracing included
+    megabytes    temporaries and outputs of one iteration as XLA plans them; its arguments are not counted
+    gflop        matrix products of the update, 2 M N K each, counted in the jaxpr of an iteration less that
+                 of its rollout; a scan's body as often as it runs. Nothing elementwise is counted, neither
+                 the recurrence of S5 nor softmax nor Adam
+    of_matmul_%  that over the update's time, as a part of what one product of two 2048 x 2048 float32
+                 matrices reaches on this device in this process
+
+Steps per second are environment steps of all seeds. Medians of several calls, synchronised, after a warm-up.
 """
 
 import argparse
-import csv
-import statistics
-import sys
-import time
+import importlib
+import math
+import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from common import RESULTS, Table, compile_program, plot_into, seconds  # first: it finds the project
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
+import jax
+import jax.numpy as jnp
+from jax.experimental.compilation_cache import compilation_cache
 
-import train_lstm  # noqa: E402
-import train_s5  # noqa: E402
-
-
-def clock(function, *args, repeats):
-    """(seconds per call, seconds to compile) of jax.jit(function)(*args)."""
-    start = time.perf_counter()
-    compiled = jax.jit(function).lower(*args).compile()
-    compile_seconds = time.perf_counter() - start
-    jax.block_until_ready(compiled(*args))
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(compiled(*args))
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds), compile_seconds
+TRAINERS = ("train_s5", "train_lstm", "train_transformer")
+AXES = {"lanes": "num_lanes", "rollouts": "rollout_length", "widths": "width", "seeds": "num_seeds"}
+REFERENCE = dict(env=("CartPole-v1",), layers=4, width=256, state_size=256, num_lanes=64, rollout_length=128,
+                 epochs=4, minibatches=8)
+MATRIX = 2048
 
 
-def measure(trainer, config, repeats):
-    """One table row for `config` with the trainer module `trainer`."""
+def product_flops(jaxpr):
+    """2 M N K of all matrix products in a jaxpr, scans' bodies times their length, the dearest branch."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contract, _), _ = equation.params["dimension_numbers"]
+            depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contract)
+            total += 2 * depth * math.prod(equation.outvars[0].aval.shape)
+            continue
+        parts = jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns"))
+        inner = [product_flops(getattr(x, "jaxpr", x)) for x in parts if hasattr(x, "eqns")]
+        if inner and equation.primitive.name == "cond":
+            total += max(inner)
+        else:
+            total += sum(inner) * equation.params.get("length", 1)
+    return total
+
+
+def matmul_rate(repeats):
+    """FLOP/s of one large float32 matrix product."""
+    a = jax.random.normal(jax.random.PRNGKey(0), (MATRIX, MATRIX))
+    return 2 * MATRIX**3 / seconds(jax.jit(jnp.matmul), a, a, repeats=repeats)
+
+
+def compile_twice(functions):
+    """(programs, seconds from an empty cache, seconds from the cache) of [(function, its arguments)]."""
+    times = []
+    with tempfile.TemporaryDirectory() as folder:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        for _ in range(2):
+            jax.clear_caches()
+            compilation_cache.reset_cache()  # forget the last folder
+            programs = [compile_program(function, *args) for function, args in functions]
+            times.append(sum(program.compile_s for program in programs))
+        jax.config.update("jax_compilation_cache_dir", None)
+        compilation_cache.reset_cache()
+    return programs, *times
+
+
+def measure(trainer, config, rate, repeats):
+    """One table row for `config` with the trainer module `trainer`; rate: matmul_rate."""
     train = trainer.make_train(config)
-    lanes, T = train.lanes, config.rollout_length
-    runner = jax.jit(train.init)(jax.random.PRNGKey(0))
+    lanes, T, seeds = train.lanes, config.rollout_length, config.num_seeds
+    keys = jax.vmap(jax.random.PRNGKey)(jnp.arange(seeds))
+    init, update, collect = map(trainer.over_members, (train.init, train.update, train.collect))
+    runner = jax.eval_shape(init, keys)
+    (start, update_program), cold, cached = compile_twice([(init, (keys,)), (update, (runner,))])
+    runner = start.run(keys)
+    shape = (seeds, T, config.num_lanes)
     if lanes.discrete:
-        actions = jax.random.randint(jax.random.PRNGKey(1), (T, config.num_lanes), 0, lanes.action_size)
+        actions = jax.random.randint(jax.random.PRNGKey(1), shape, 0, lanes.action_size)
     else:
-        actions = jax.random.normal(jax.random.PRNGKey(1), (T, config.num_lanes, lanes.action_size))
+        actions = jax.random.normal(jax.random.PRNGKey(1), (*shape, lanes.action_size))
 
     def environment(state, actions):
         def step(state, x):
@@ -54,38 +101,91 @@ def measure(trainer, config, repeats):
             return state, inputs.sum() + out.reward.sum()
         return jax.lax.scan(step, state, (jnp.arange(T), actions))
 
-    env, _ = clock(environment, runner.env_state, actions, repeats=repeats)
-    collect, _ = clock(train.collect, runner, repeats=repeats)
-    update, compile_seconds = clock(train.update, runner, repeats=repeats)
-    steps = config.num_lanes * T
+    env_program = compile_program(trainer.over_members(environment), runner.env_state, actions)
+    env_s = seconds(env_program.run, runner.env_state, actions, repeats=repeats)
+    collect_s = seconds(compile_program(collect, runner).run, runner, repeats=repeats)
+    whole_s = seconds(update_program.run, runner, repeats=repeats)
+    flops = [product_flops(jax.make_jaxpr(f)(runner).jaxpr) for f in (update, collect)]
+    flops = flops[0] - flops[1]
     return {"trainer": trainer.__name__, "lanes": config.num_lanes, "rollout": T, "width": config.width,
-            "compile_s": compile_seconds, "steps_per_s": steps / update, "env_steps_per_s": steps / env,
-            "environment_%": 100 * env / update, "acting_%": 100 * (collect - env) / update,
-            "update_%": 100 * (update - collect) / update}
+            "seeds": seeds, "steps_per_s": round(seeds * config.steps_per_update / whole_s),
+            "environment_%": 100 * env_s / whole_s, "acting_%": 100 * (collect_s - env_s) / whole_s,
+            "update_%": 100 * (whole_s - collect_s) / whole_s,
+            "cold_compile_s": cold, "cached_compile_s": cached, "megabytes": update_program.megabytes,
+            "gflop": flops / 1e9,
+            "of_matmul_%": 100 * flops / (whole_s - collect_s) / rate}
+
+
+def plot(rows, base, path):
+    """Steps per second along each axis; bars of the breakdown at the trainers' defaults."""
+    columns = dict(zip(AXES, ("lanes", "rollout", "width", "seeds")))
+
+    def draw(axis, i, j):
+        if j == 0:
+            bottom = [0.0] * len(base)
+            for part in ("environment", "acting", "update"):
+                height = [row[f"{part}_%"] / 100 / row["steps_per_s"] * 1e6 for row in base]
+                names = [row["trainer"].removeprefix("train_") for row in base]
+                axis.bar(names, height, bottom=bottom, label=part)
+                bottom = [a + b for a, b in zip(bottom, height)]
+            axis.set(title="defaults", ylabel="microseconds per environment step")
+            axis.legend(fontsize=7)
+            return
+        column = list(columns.values())[j - 1]
+        for origin in base:
+            same = [row for row in rows if row["trainer"] == origin["trainer"]
+                    and all(row[c] == origin[c] for c in columns.values() if c != column)]
+            points = sorted((row[column], row["steps_per_s"]) for row in same)
+            axis.plot(*zip(*points), "o-", label=origin["trainer"])
+        axis.set(xscale="log", title=f"against {column}", xlabel=column, ylim=(0, None),
+                 ylabel="environment steps per second")
+        axis.legend(fontsize=7)
+
+    plot_into(path, 1, 1 + len(columns), draw)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lanes", type=int, nargs="+", help="numbers of lanes (default: the trainers' own)")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "train.csv")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trainers", nargs="+", default=TRAINERS, choices=TRAINERS)
+    parser.add_argument("--along", nargs="*", default=["train_s5"], choices=TRAINERS,
+                        help="trainers that walk the axes")
+    parser.add_argument("--lanes", type=int, nargs="*", default=[192])
+    parser.add_argument("--rollouts", type=int, nargs="*", default=[512])
+    parser.add_argument("--widths", type=int, nargs="*", default=[128])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[4])
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE",
+                        help="other whole-numbered trainer settings")
+    parser.add_argument("--env", nargs="+", help="tasks (default: the trainers' own)")
+    parser.add_argument("--reference", action="store_true",
+                        help="only the released implementation's sizes on CartPole-v1")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path,
+                        help="default: results/train.csv, or train_reference.csv; a picture beside it")
     options = parser.parse_args()
-    accelerated = jax.default_backend() != "cpu"
-    rows = []
-    for trainer in (train_s5, train_lstm):
-        default = trainer.ACCELERATOR if accelerated else {}
-        for lanes in options.lanes or [trainer.Config(**default).num_lanes]:
-            config = trainer.Config(**(default | {"num_lanes": lanes}))
-            rows.append(measure(trainer, config, options.repeats))
-            if len(rows) == 1:
-                print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}")
-                print(" ".join(f"{name:>15s}" for name in rows[0]))
-            print(" ".join(f"{v:>15.1f}" if isinstance(v, float) else f"{v:>15}" for v in rows[-1].values()), flush=True)
-    options.out.parent.mkdir(exist_ok=True, parents=True)
-    with options.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    out = options.out or RESULTS / ("train_reference.csv" if options.reference else "train.csv")
+    table, rate = Table(out), matmul_rate(options.repeats)
+    print(f"a product of two {MATRIX} x {MATRIX} float32 matrices: {rate / 1e9:.0f} GFLOP/s")
+    if options.reference:
+        trainer = importlib.import_module("train_s5")
+        table.add(**measure(trainer, trainer.Config(**REFERENCE), rate, options.repeats))
+        return
+
+    settings = {name: int(value) for name, value in (text.split("=") for text in options.set)}
+    settings |= {"env": tuple(options.env)} if options.env else {}
+    base = []
+    for name in options.trainers:
+        trainer = importlib.import_module(name)
+        default = (trainer.ACCELERATOR if jax.default_backend() != "cpu" else {}) | settings
+        origin = trainer.Config(**default)
+        table.add(**measure(trainer, origin, rate, options.repeats))
+        base.append(table.rows[-1])
+        for axis, field in AXES.items() if name in options.along else ():
+            for value in getattr(options, axis):
+                if value != getattr(origin, field):
+                    config = trainer.Config(**default | {field: value})
+                    table.add(**measure(trainer, config, rate, options.repeats))
+    plot(table.rows, base, out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

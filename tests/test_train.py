@@ -1,4 +1,4 @@
-"""The trainers: GAE, resume, sweeps, devices, command line. Both trainers are held to the same properties."""
+"""The trainers: GAE, resume, sweeps, devices, command line. All trainers are held to the same properties."""
 
 import csv
 import json
@@ -19,9 +19,10 @@ import pytest
 
 import train_lstm
 import train_s5
+import train_transformer
 
 ROOT = Path(__file__).resolve().parent.parent
-TRAINERS = (train_s5, train_lstm)
+TRAINERS = (train_s5, train_lstm, train_transformer)
 SMALL = dict(width=8, num_lanes=8, rollout_length=16, minibatches=2, epochs=2, log_every=2, layers=1)
 FLAGS = ["--width", "8", "--num-lanes", "8", "--rollout-length", "16", "--minibatches", "2", "--layers", "1",
          "--no-evaluate", "--no-tensorboard"]
@@ -38,7 +39,7 @@ def command(trainer, *flags, **kwargs):
                           env=env, **kwargs)
 
 
-# -- the two trainers ---------------------------------------------------------------------------------------
+# -- the three trainers -------------------------------------------------------------------------------------
 def outside_memory(trainer):
     """Source lines without the usage docstring and the memory section."""
     text = (ROOT / f"{trainer}.py").read_text()
@@ -48,11 +49,12 @@ def outside_memory(trainer):
 
 
 def test_trainers_differ_in_memory_only():
-    assert outside_memory("train_s5") == outside_memory("train_lstm")
+    assert outside_memory("train_s5") == outside_memory("train_lstm") == outside_memory("train_transformer")
 
 
 @pytest.mark.parametrize("trainer,files", [("train_s5", ("s5.py", "envs.py", "physics.py")),
-                                           ("train_lstm", ("envs.py", "physics.py"))])
+                                           ("train_lstm", ("envs.py", "physics.py")),
+                                           ("train_transformer", ("envs.py", "physics.py"))])
 def test_runs_when_copied_alone(trainer, files, tmp_path):
     for name in (f"{trainer}.py", *files):
         shutil.copy(ROOT / name, tmp_path)
@@ -66,7 +68,7 @@ def test_runs_when_copied_alone(trainer, files, tmp_path):
 
 
 def test_parameter_counts_match():
-    """The LSTM's hidden size is chosen so that both memories have equally many parameters, within 2 %."""
+    """The baselines' hidden sizes are chosen so that all memories have as many parameters, within 2 %."""
     for width in (64, 256):
         counts = []
         for trainer in TRAINERS:
@@ -76,7 +78,7 @@ def test_parameter_counts_match():
             x, reset = jnp.zeros((1, 1, width)), jnp.zeros((1, 1), bool)
             shapes = jax.eval_shape(memory.init, jax.random.PRNGKey(0), memory.zero_state((1,)), x, reset)
             counts.append(sum(s.size for s in jax.tree.leaves(shapes)))
-        assert abs(counts[0] / counts[1] - 1) < 0.02, counts
+        assert max(abs(count / counts[0] - 1) for count in counts) < 0.02, counts
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
@@ -96,6 +98,48 @@ def test_step_equals_sequence(trainer):
         memory, step_pi, step_value = network.apply(params, prepared, memory, x[t], reset[t], method="step")
         np.testing.assert_allclose(step_value, value[t], atol=1e-5)
         np.testing.assert_allclose(step_pi.mean(), pi.mean()[t], atol=1e-5)
+
+
+def attention_memory(layers=1, window=5, T=23, B=3):
+    """A small transformer memory, its parameters and zero state, inputs (T, B, 16)."""
+    config = small(train_transformer, width=16, layers=layers, window=window, hidden_size=16)
+    memory = train_transformer.make_memory(config, jnp.float32)
+    x = jax.random.normal(jax.random.PRNGKey(1), (T, B, 16))
+    state = memory.zero_state((B,))
+    return memory, memory.init(jax.random.PRNGKey(0), state, x, jnp.zeros((T, B), bool)), state, x
+
+
+def test_attention_sees_its_window_only():
+    """A change at time t reaches the next window - 1 steps and none after them."""
+    memory, params, state, x = attention_memory()
+    no = jnp.zeros(x.shape[:2], bool)
+    before, after = (memory.apply(params, state, inputs, no)[1] for inputs in (x, x.at[7].add(1)))
+    assert np.flatnonzero((before != after).any((1, 2))).tolist() == [7, 8, 9, 10, 11]
+
+
+def test_attention_cache_carries_over_and_forgets_at_resets():
+    """Sequence, steps and sequences cut anywhere agree; a trial gives what it gives alone."""
+    memory, params, state, x = attention_memory(layers=2)
+    run = jax.jit(memory.apply)
+    step = jax.jit(lambda *args: memory.apply(params, (), *args, method="step"))
+    reset = jnp.zeros(x.shape[:2], bool).at[9].set(True).at[14, 0].set(True)
+    _, whole = run(params, state, x, reset)
+    close = jax.tree_util.Partial(np.testing.assert_allclose, atol=1e-5)
+    kept, parts = state, []
+    for t in range(7):  # the ring of 5 slots is in the middle of its second turn
+        kept, y = step(kept, x[t], reset[t])
+        parts.append(y[None])
+    for cut in (slice(7, 9), slice(9, 19)):  # shorter and longer than the window
+        kept, y = run(params, kept, x[cut], reset[cut])
+        parts.append(y)
+    for t in range(19, len(x)):
+        kept, y = step(kept, x[t], reset[t])
+        parts.append(y[None])
+    close(jnp.concatenate(parts), whole)
+    no = jnp.zeros_like(reset)
+    close(run(params, state, x[9:], no[9:])[1][:, 1:], whole[9:, 1:])
+    close(run(params, state, x[14:], no[14:])[1][:, 0], whole[14:, 0])
+    close(run(params, state, x[9:14], no[9:14])[1][:, 0], whole[9:14, 0])
 
 
 # -- GAE ------------------------------------------------------------------------------------------------------
@@ -160,7 +204,8 @@ def test_final_values_of_real_tasks(env, ends):
     (train_s5, dict(env=("point_mass-easy",), episodes_per_trial=2, projection="orthogonal")),
     (train_s5, dict(env=("MemoryChain-bsuite",), env_kwargs=("memory_length=4",), memory="none")),
     (train_s5, dict(env=("Pendulum-v1",), dtype="bfloat16")),
-    (train_lstm, dict(env=("Pendulum-v1",), dtype="bfloat16", memory="none"))])
+    (train_lstm, dict(env=("Pendulum-v1",), dtype="bfloat16", memory="none")),
+    (train_transformer, dict(env=("cartpole-swingup",), dtype="bfloat16", window=24))])
 def test_trains_and_stays_finite(trainer, changes):
     config = small(trainer, **changes)
     out = jax.jit(trainer.make_train(config))(jax.random.PRNGKey(0))
@@ -190,10 +235,14 @@ def test_non_finite_gradients_skip_the_update():
     bitwise(after.params["params"], runner.params["params"])
 
 
-def test_memory_none_resets_every_step():
-    train = train_s5.make_train(small(train_s5, memory="none"))
+@pytest.mark.parametrize("memory", ["full", "none", "unreset"])
+def test_when_the_memory_is_reset(memory):
+    train = train_s5.make_train(small(train_s5, memory=memory, rollout_length=64))
     _, rollout, _, _ = jax.jit(train.collect)(train.init(jax.random.PRNGKey(0)))
-    assert rollout.reset.all()
+    ends = rollout.step.trial_end[:-1]
+    assert ends.any() and rollout.reset[0].all()
+    expected = {"full": ends, "none": jnp.ones_like(ends), "unreset": jnp.zeros_like(ends)}[memory]
+    np.testing.assert_array_equal(rollout.reset[1:], expected)
 
 
 def test_learns_a_task_that_needs_memory():

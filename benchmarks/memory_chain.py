@@ -1,0 +1,76 @@
+"""How far back can each memory reach? Return on bsuite's MemoryChain against its length, at equal steps and parameters.
+
+    python benchmarks/memory_chain.py                              # S5, LSTM and no memory, lengths 2 ... 512
+    python benchmarks/memory_chain.py --lengths 32 --total-steps 200000 --trainers s5
+
+A bit is shown at the first step and asked for `length` steps later: the return is 1 or -1, 0 on average without
+memory. Rollouts hold at least one whole episode, so that gradients reach its start; lambda is 0.5, because only
+one action in an episode counts. Score: mean return over the last tenth of training, with a 95 % interval (t) over seeds.
+"""
+
+import argparse
+from pathlib import Path
+
+from common import RESULTS, Table, plot_into  # first: it finds the project
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.stats import t as student
+
+import train_lstm
+import train_s5
+
+TRAINERS = {"s5": (train_s5, {}), "lstm": (train_lstm, {}), "memoryless": (train_s5, {"memory": "none"})}
+STEPS_PER_UPDATE = 4096
+
+
+def scores(trainer, config, seeds):
+    """Final returns (seeds,) and the number of parameters of one agent."""
+    keys = jax.vmap(jax.random.PRNGKey)(jnp.arange(seeds))
+    out = jax.jit(trainer.over_members(trainer.make_train(config)))(keys)
+    returns = np.asarray(out["metrics"]["return"])[..., 0]
+    params = sum(p.size for p in jax.tree.leaves(out["runner"].params)) // seeds
+    return trainer.nanmean(returns[:, -max(1, returns.shape[1] // 10):], 1), params
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2, 8, 32, 128, 256, 512])
+    parser.add_argument("--trainers", nargs="+", default=list(TRAINERS), choices=list(TRAINERS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--total-steps", type=int, default=600_000)
+    parser.add_argument("--width", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--out", type=Path, default=RESULTS / "memory_chain.csv", help="the picture goes beside it")
+    options = parser.parse_args()
+    table = Table(options.out)
+    for name in options.trainers:
+        trainer, changes = TRAINERS[name]
+        for length in options.lengths:
+            rollout_length = max(128, 2 * length)
+            config = trainer.Config(
+                env=("MemoryChain-bsuite",), env_kwargs=(f"memory_length={length}",),
+                num_lanes=max(4, STEPS_PER_UPDATE // rollout_length), rollout_length=rollout_length, total_steps=options.total_steps, lr=options.lr, width=options.width,
+                gae_lambda=0.5, **changes)
+            found, params = scores(trainer, config, options.seeds)
+            half = student.ppf(0.975, len(found) - 1) * found.std(ddof=1) / len(found)**0.5 if len(found) > 1 else np.nan
+            table.add(length=length, trainer=name, mean=float(found.mean()), low=float(found.mean() - half),
+                      high=float(found.mean() + half), worst=float(found.min()), seeds=len(found), parameters=params,
+                      steps=config.num_updates * config.steps_per_update)
+
+    def draw(axis, *_):
+        for name in options.trainers:
+            rows = [row for row in table.rows if row["trainer"] == name]
+            mean, low, high = (np.array([row[k] for row in rows]) for k in ("mean", "low", "high"))
+            axis.errorbar([row["length"] for row in rows], mean, np.nan_to_num([mean - low, high - mean]), fmt="o-",
+                          capsize=3, label=name)
+        axis.axhline(0.95, ls=":", color="grey")
+        axis.set(xscale="log", xlabel="steps between the bit and the question", ylabel="return", ylim=(-0.3, 1.1))
+        axis.legend()
+
+    plot_into(options.out.with_suffix(".png"), 1, 1, draw)
+
+
+if __name__ == "__main__":
+    main()

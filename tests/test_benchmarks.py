@@ -1,0 +1,97 @@
+"""The benchmarks run at tiny sizes, and what they compute from their measurements is right."""
+
+import csv
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """load(name): the benchmark as a module. They turn the compilation cache off, here only for a moment."""
+    def load(name):
+        monkeypatch.setattr(sys, "path", [*sys.path, str(FOLDER)])
+        spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    cache = jax.config.jax_compilation_cache_dir
+    yield load
+    jax.config.update("jax_compilation_cache_dir", cache)
+
+
+def run(script, folder, *flags):
+    """(rows of the CSV, everything printed)."""
+    out = folder / "deeper" / "table.csv"
+    command = [sys.executable, str(FOLDER / f"{script}.py"), "--repeats", "1", "--out", str(out), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder,
+                          env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    assert done.returncode == 0, done.stderr
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    with out.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return rows, done.stdout
+
+
+def test_sequence(tmp_path):
+    rows, printed = run("sequence", tmp_path, "--lengths", "8", "16", "--batches", "2", "--width", "8",
+                        "--layers", "1")
+    models = ("S5 sequential", "S5 parallel", "LSTM", "GRU", "transformer")
+    both = {(m, c, n) for m in models for c in ("forward", "forward+backward") for n in ("8", "16")}
+    acting = {(m, "acting", "8") for m in models if m != "S5 parallel"} | {("transformer", "acting", "16")}
+    assert {(r["model"], r["cost"], r["length"]) for r in rows} == both | acting and len(rows) == 25
+    measured = ("ms", "tokens_per_s", "megabytes", "compile_s", "parameters")
+    assert all(float(row[column]) > 0 for row in rows for column in measured)
+    assert printed.count("(16 the longest)") == 11
+
+
+def test_physics(tmp_path):
+    rows, _ = run("physics", tmp_path, "--tasks", "pendulum-swingup", "--batches", "4", "--mjx-batch", "2",
+                  "--steps", "64", "--threads", "2")
+    assert [(r["backend"], r["batch"]) for r in rows] == [
+        ("fused", "4"), ("C-1-thread", "4"), ("C-2-threads", "4"), ("mjx", "2")]
+    assert all(float(r["steps_per_s"]) > 0 for r in rows)
+    for row in rows[0], rows[3]:
+        assert float(row["error_qpos"]) < 1e-5 and 0 < float(row["error_qvel"]) < 1e-4
+
+
+def test_train(tmp_path):
+    sizes = ("num_lanes=4", "rollout_length=8", "minibatches=2", "layers=1", "width=8", "state_size=6")
+    rows, _ = run("train", tmp_path, "--trainers", "train_s5", "--env", "CartPole-v1",
+                  "--lanes", "--rollouts", "--widths", "--seeds", "--set", *sizes)
+    [row] = rows
+    parts = [float(row[f"{part}_%"]) for part in ("environment", "acting", "update")]
+    np.testing.assert_allclose(sum(parts), 100, 1e-2)
+    assert float(row["cached_compile_s"]) > 0 and float(row["cold_compile_s"]) > 0
+    assert float(row["megabytes"]) > 0 and float(row["of_matmul_%"]) > 0
+    # products per step: encoder (13 inputs), B and C, gated unit, two hidden heads, value, two logits
+    encoder, others = 13 * 8, 2 * 6 * 8 + 2 * 8 * 8 + 2 * 8 * 8 + 8 + 2 * 8
+    seen = 4 * 4 * 8  # epochs, lanes, steps; the encoder's inputs need no gradient
+    np.testing.assert_allclose(float(row["gflop"]), seen * 2 * (2 * encoder + 3 * others) / 1e9, rtol=1e-3)
+
+
+def test_flops_count_loops_and_gradients(load):
+    def loss(w, x):
+        return jax.lax.scan(lambda h, _: (jnp.tanh(h @ w), None), x, None, 7)[0].sum()
+
+    w, x = jnp.zeros((5, 5)), jnp.zeros((3, 5))
+    count = lambda f: load("train").product_flops(jax.make_jaxpr(f)(w, x).jaxpr)  # noqa: E731
+    assert count(loss) == 7 * 2 * 3 * 5 * 5
+    assert count(jax.grad(loss)) == 3 * count(loss)  # forward, and two products of the same size backwards
+    assert count(jax.vmap(loss, (None, 0))) == 7 * 2 * 3 * 5 * 5
+    assert count(lambda w, x: jax.lax.cond(x.sum() > 0, lambda: x @ w, lambda: x)) == 2 * 3 * 5 * 5
+
+
+def test_exponent_is_the_slope_at_the_longest_lengths(load):
+    points = [(n, 1e-3 * n**2) for n in (64, 256, 1024)]
+    np.testing.assert_allclose(load("sequence").exponent([(16, 5.0), *points]), 2)
