@@ -25,13 +25,20 @@ TRAINERS = {"s5": (train_s5, {}), "lstm": (train_lstm, {}), "memoryless": (train
 STEPS_PER_UPDATE = 4096
 
 
-def scores(trainer, config, seeds):
-    """Final returns (seeds,) and the number of parameters of one agent."""
+def final_returns(trainer, config, seeds):
+    """Mean returns over the last tenth of training (seeds,) and the number of parameters of one agent."""
     keys = jax.vmap(jax.random.PRNGKey)(jnp.arange(seeds))
     out = jax.jit(trainer.over_members(trainer.make_train(config)))(keys)
     returns = np.asarray(out["metrics"]["return"])[..., 0]
     params = sum(p.size for p in jax.tree.leaves(out["runner"].params)) // seeds
     return trainer.nanmean(returns[:, -max(1, returns.shape[1] // 10):], 1), params
+
+
+def mean_interval(x):
+    """Mean and 95 % interval (t) of x (n,) and its worst, as columns."""
+    half = student.ppf(0.975, len(x) - 1) * x.std(ddof=1) / len(x)**0.5 if len(x) > 1 else np.nan
+    mean = float(x.mean())
+    return {"mean": mean, "low": mean - half, "high": mean + half, "worst": float(x.min()), "seeds": len(x)}
 
 
 def main():
@@ -53,10 +60,8 @@ def main():
                 env=("MemoryChain-bsuite",), env_kwargs=(f"memory_length={length}",),
                 num_lanes=max(4, STEPS_PER_UPDATE // rollout_length), rollout_length=rollout_length, total_steps=options.total_steps, lr=options.lr, width=options.width,
                 gae_lambda=0.5, **changes)
-            found, params = scores(trainer, config, options.seeds)
-            half = student.ppf(0.975, len(found) - 1) * found.std(ddof=1) / len(found)**0.5 if len(found) > 1 else np.nan
-            table.add(length=length, trainer=name, mean=float(found.mean()), low=float(found.mean() - half),
-                      high=float(found.mean() + half), worst=float(found.min()), seeds=len(found), parameters=params,
+            found, params = final_returns(trainer, config, options.seeds)
+            table.add(length=length, trainer=name, **mean_interval(found), parameters=params,
                       steps=config.num_updates * config.steps_per_update)
 
     def draw(axis, *_):
