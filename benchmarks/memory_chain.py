@@ -1,4 +1,4 @@
-"""How far back can each memory reach? Return on bsuite's MemoryChain against its length, at equal steps and parameters.
+"""How far back can a memory reach? Return on bsuite's MemoryChain by length, at equal steps and parameters.
 
     python benchmarks/memory_chain.py                              # S5, LSTM and no memory, lengths 2 ... 512
     python benchmarks/memory_chain.py --lengths 32 --total-steps 200000 --trainers s5
@@ -57,9 +57,9 @@ def main():
         for length in options.lengths:
             rollout_length = max(128, 2 * length)
             config = trainer.Config(
-                env=("MemoryChain-bsuite",), env_kwargs=(f"memory_length={length}",),
-                num_lanes=max(4, STEPS_PER_UPDATE // rollout_length), rollout_length=rollout_length, total_steps=options.total_steps, lr=options.lr, width=options.width,
-                gae_lambda=0.5, **changes)
+                env=("MemoryChain-bsuite",), env_kwargs=(f"memory_length={length}",), width=options.width,
+                num_lanes=max(4, STEPS_PER_UPDATE // rollout_length), rollout_length=rollout_length,
+                total_steps=options.total_steps, lr=options.lr, gae_lambda=0.5, **changes)
             found, params = final_returns(trainer, config, options.seeds)
             table.add(length=length, trainer=name, **mean_interval(found), parameters=params,
                       steps=config.num_updates * config.steps_per_update)

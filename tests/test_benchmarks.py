@@ -30,22 +30,22 @@ def load(monkeypatch):
     jax.config.update("jax_compilation_cache_dir", cache)
 
 
-def run(script, folder, *flags):
+def run(script, folder, *flags, picture=True):
     """(rows of the CSV, everything printed)."""
     out = folder / "deeper" / "table.csv"
-    command = [sys.executable, str(FOLDER / f"{script}.py"), "--repeats", "1", "--out", str(out), *flags]
+    command = [sys.executable, str(FOLDER / f"{script}.py"), "--out", str(out), *flags]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder,
                           env=os.environ | {"JAX_PLATFORMS": "cpu"})
     assert done.returncode == 0, done.stderr
-    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert not picture or out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     with out.open(newline="") as file:
         rows = list(csv.DictReader(file))
     return rows, done.stdout
 
 
 def test_sequence(tmp_path):
-    rows, printed = run("sequence", tmp_path, "--lengths", "8", "16", "--batches", "2", "--width", "8",
-                        "--layers", "1")
+    rows, printed = run("sequence", tmp_path, "--repeats", "1", "--lengths", "8", "16", "--batches", "2",
+                        "--width", "8", "--layers", "1")
     models = ("S5 sequential", "S5 parallel", "LSTM", "GRU", "transformer")
     both = {(m, c, n) for m in models for c in ("forward", "forward+backward") for n in ("8", "16")}
     acting = {(m, "acting", "8") for m in models if m != "S5 parallel"} | {("transformer", "acting", "16")}
@@ -56,8 +56,8 @@ def test_sequence(tmp_path):
 
 
 def test_physics(tmp_path):
-    rows, _ = run("physics", tmp_path, "--tasks", "pendulum-swingup", "--batches", "4", "--mjx-batch", "2",
-                  "--steps", "64", "--threads", "2")
+    rows, _ = run("physics", tmp_path, "--repeats", "1", "--tasks", "pendulum-swingup", "--batches", "4",
+                  "--mjx-batch", "2", "--steps", "64", "--threads", "2")
     assert [(r["backend"], r["batch"]) for r in rows] == [
         ("fused", "4"), ("C-1-thread", "4"), ("C-2-threads", "4"), ("mjx", "2")]
     assert all(float(r["steps_per_s"]) > 0 for r in rows)
@@ -67,7 +67,7 @@ def test_physics(tmp_path):
 
 def test_train(tmp_path):
     sizes = ("num_lanes=4", "rollout_length=8", "minibatches=2", "layers=1", "width=8", "state_size=6")
-    rows, _ = run("train", tmp_path, "--trainers", "train_s5", "--env", "CartPole-v1",
+    rows, _ = run("train", tmp_path, "--repeats", "1", "--trainers", "train_s5", "--env", "CartPole-v1",
                   "--lanes", "--rollouts", "--widths", "--seeds", "--set", *sizes)
     [row] = rows
     parts = [float(row[f"{part}_%"]) for part in ("environment", "acting", "update")]
@@ -78,6 +78,26 @@ def test_train(tmp_path):
     encoder, others = 13 * 8, 2 * 6 * 8 + 2 * 8 * 8 + 2 * 8 * 8 + 8 + 2 * 8
     seen = 4 * 4 * 8  # epochs, lanes, steps; the encoder's inputs need no gradient
     np.testing.assert_allclose(float(row["gflop"]), seen * 2 * (2 * encoder + 3 * others) / 1e9, rtol=1e-3)
+
+
+def test_memory_chain(tmp_path):
+    rows, _ = run("memory_chain", tmp_path, "--lengths", "2", "--trainers", "s5", "memoryless", "--width", "8",
+                  "--total-steps", "160000", "--seeds", "2")
+    s5, memoryless = rows
+    assert float(s5["mean"]) > 0.5 > float(memoryless["mean"]) and s5["parameters"] == memoryless["parameters"]
+    assert float(s5["low"]) <= float(s5["mean"]) <= float(s5["high"])
+
+
+def test_ablations(tmp_path):
+    rows, _ = run("ablations", tmp_path, "--only", "never reset", "--width", "8", "--total-steps", "1000",
+                  "--seeds", "1", picture=False)
+    assert [row["variant"] for row in rows] == ["never_reset"]
+
+
+def test_seeds(tmp_path):
+    rows, printed = run("seeds", tmp_path, "--seeds", "2", "--total-steps", "1000", "--num-lanes", "8",
+                        picture=False)
+    assert [row["seeds"] for row in rows] == ["separate", "together"] and "times less" in printed
 
 
 def test_flops_count_loops_and_gradients(load):
