@@ -267,7 +267,7 @@ def plot_over(series, result, x, xlabel, ylabel, least, path):
         axis.set_title(task + ("" if task in result.agent.tasks else " (held out)"), fontsize=9)
         if result.agent.dmc:
             axis.set_ylim(0, max(axis.get_ylim()[1], least))
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=min(4, 1 + columns))
     figure.supxlabel(xlabel, fontsize=9)
     figure.supylabel(ylabel, fontsize=9)
     save(figure, path)
