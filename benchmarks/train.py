@@ -117,8 +117,9 @@ def measure(trainer, config, rate, repeats):
 
 
 def plot(rows, base, path):
-    """Steps per second along each axis; bars of the breakdown at the trainers' defaults."""
-    columns = dict(zip(AXES, ("lanes", "rollout", "width", "seeds")))
+    """Bars of the breakdown at the trainers' defaults; steps per second along each axis that was walked."""
+    columns = ("lanes", "rollout", "width", "seeds")
+    walked = [c for c in columns if len({row[c] for row in rows}) > 1]
 
     def draw(axis, i, j):
         if j == 0:
@@ -131,17 +132,17 @@ def plot(rows, base, path):
             axis.set(title="defaults", ylabel="microseconds per environment step")
             axis.legend(fontsize=7)
             return
-        column = list(columns.values())[j - 1]
+        column = walked[j - 1]
         for origin in base:
             same = [row for row in rows if row["trainer"] == origin["trainer"]
-                    and all(row[c] == origin[c] for c in columns.values() if c != column)]
+                    and all(row[c] == origin[c] for c in columns if c != column)]
             points = sorted((row[column], row["steps_per_s"]) for row in same)
             axis.plot(*zip(*points), "o-", label=origin["trainer"])
         axis.set(xscale="log", title=f"against {column}", xlabel=column, ylim=(0, None),
                  ylabel="environment steps per second")
         axis.legend(fontsize=7)
 
-    plot_into(path, 1, 1 + len(columns), draw)
+    plot_into(path, 1, 1 + len(walked), draw)
 
 
 def main():
