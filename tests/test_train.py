@@ -349,3 +349,27 @@ def test_bad_input_is_one_sentence_and_exit_code_2(flags, message, tmp_path):
     assert done.returncode == 2
     assert message in re.sub(r"\\s+", " ", done.stdout + done.stderr)
     assert "Traceback" not in done.stderr
+
+
+def test_wandb_that_is_not_installed(monkeypatch, tmp_path):
+    monkeypatch.setattr(train_s5.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install wandb"):
+        train_s5.run(small(train_s5, wandb="project", runs_dir=str(tmp_path)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_skips_most_updates_stops(tmp_path):
+    with pytest.raises(FloatingPointError, match="lower --lr"):
+        train_s5.run(small(train_s5, lr=1e38, total_steps=4096, runs_dir=str(tmp_path), tensorboard=False))
+    assert len(list(tmp_path.glob("*/metrics.csv"))) == 1
+
+
+def test_out_of_memory_names_the_flags(monkeypatch, capsys):
+    def run(config):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 bytes.")
+
+    monkeypatch.setattr(train_s5, "run", run)
+    monkeypatch.setattr(sys, "argv", ["train_s5.py"])
+    with pytest.raises(SystemExit) as stop:
+        train_s5.main()
+    assert stop.value.code == 2 and "--sweep-chunk" in capsys.readouterr().err
