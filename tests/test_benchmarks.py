@@ -81,7 +81,7 @@ def test_train(tmp_path):
 
 
 def test_memory_chain(tmp_path):
-    rows, _ = run("memory_chain", tmp_path, "--lengths", "2", "--trainers", "s5", "memoryless", "--width", "8",
+    rows, _ = run("memory_chain", tmp_path, "--lengths", "6", "--trainers", "s5", "memoryless", "--width", "8",
                   "--total-steps", "160000", "--seeds", "2")
     s5, memoryless = rows
     assert float(s5["mean"]) > 0.5 > float(memoryless["mean"]) and s5["parameters"] == memoryless["parameters"]

@@ -181,18 +181,18 @@ def test_trials_that_end_early_and_trials_of_several_episodes(gym_run):
 
 
 def test_summarise_by_hand():
-    """One variant, two lanes, 40 steps: the second lane's trial of two episodes is over after 30."""
+    """One variant, two lanes, 40 steps of 2 control steps: the second's trial of two episodes is over after 30."""
     alive = np.ones((40, 1, 2), bool)
     alive[30:, 0, 1] = False
     reward = np.arange(40.0)[:, None, None] * alive
     end = np.zeros((40, 1, 2), bool)
     end[[19, 39], 0, 0] = end[[9, 29], 0, 1] = True
     out = {"reward": reward, "alive": alive, "episode_end": end}
-    returns, curves, counts, episodes = evaluate.summarise(out, 1, 2)
+    returns, curves, counts, episodes = evaluate.summarise(out, 1, 2, 2)
     np.testing.assert_array_equal(returns[0, 0], [390, 217.5])
     np.testing.assert_array_equal(episodes[0, 0], [[190, 590], [45, 390]])
     np.testing.assert_array_equal(counts[0, 0, 1], [2] * 15 + [0] * 5)
-    np.testing.assert_array_equal(curves[0, 0, 0], np.arange(20) * 2 + 0.5)
+    np.testing.assert_array_equal(curves[0, 0, 0], (np.arange(20) * 2 + 0.5) / 2)
 
 
 # -- projections --------------------------------------------------------------------------------------------
