@@ -736,8 +736,8 @@ def line_search(M, offset, d, members, xs, dxs, slope0, evaluations, dtype):
             second = second + dot([dot(w, dx) for w in r.hessian(at)], dx)
         return settle([first, second])
 
-    def refine(_, values):
-        alpha, lo, hi, slope_lo, slope_hi = (Num(x) for x in values)
+    alpha, lo, hi, slope_lo, slope_hi = (Num(jnp.asarray(raw(x, dtype), dtype)) for x in (1.0, 0.0, 1.0, slope0, 0.0))
+    for _ in range(evaluations):  # unrolled: a GPU fuses the turns into a kernel or two
         s, curvature = slope(alpha)
         low = s <= -1e-4 * slope0
         lo, slope_lo = where(low, alpha, lo), where(low, s, slope_lo)
@@ -746,10 +746,7 @@ def line_search(M, offset, d, members, xs, dxs, slope0, evaluations, dtype):
         secant = lo - (hi - lo) * slope_lo / maximum(slope_hi - slope_lo, 1e-30)
         inside = (newton_step > lo) & (newton_step < hi)
         alpha = where(lo < 1.0, where(inside, newton_step, secant), 1.0)  # lo = 1: the full step will do
-        return tuple(raw(x, dtype) for x in (alpha, lo, hi, slope_lo, slope_hi))
-
-    first = tuple(jnp.asarray(raw(x, dtype), dtype) for x in (1.0, 0.0, 1.0, slope0, 0.0))
-    return Num(lax.fori_loop(0, evaluations, refine, first)[0])
+    return alpha
 
 
 # ---------------------------------------------------------------------------------------- refusals

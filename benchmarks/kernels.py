@@ -3,6 +3,7 @@
     python benchmarks/kernels.py                                             # the trainers' defaults
     python benchmarks/kernels.py --parts environment acting --lanes 1536 6144 24576
     python benchmarks/kernels.py --tasks cartpole-swingup --set width=16 layers=1 --lanes 16
+    python benchmarks/kernels.py --target benchmarks/h100.txtpb              # for a GPU that is not here
 
 Read off the optimised program (HLO) that XLA made for this device, and then run:
 
@@ -24,12 +25,11 @@ them; its time over that number is theirs, so what surrounds the loop of collect
     mb           megabytes that these kernels read and write, loops multiplied out, the usual branch. Of what
                  is only sliced, or updated in place, the slice counts
     floor_ms     mb over the rate of a large copy in this process; times_floor is ms over it
-    flops, cost_mb   the whole compiled call, not one step, as XLA's cost_analysis() has it: the body of every
-                 loop once whatever its trip count, the dearest branch of a conditional. Where the loop is all
-                 there is, that is one step; of `update` it is a small part
 
 On a CPU the counts are of the CPU's program, where a kernel is a function call and costs next to nothing; a
-GPU's program fuses differently. Medians of several calls, synchronised, after a warm-up.
+GPU's program fuses differently. --target compiles for the GPU that a file describes, with XLA's CUDA compiler
+(pip install "jax[cuda13]>=0.10.2,<0.12"; no GPU is needed): nothing runs, floor_ms is mb over the bandwidth
+that the file states. Medians of several calls, synchronised, after a warm-up.
 """
 
 import argparse
@@ -43,6 +43,8 @@ from common import RESULTS, Table, seconds  # first: it finds the project
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
 
 from scan import copy_rate
 
@@ -219,6 +221,27 @@ def programs(trainer, config):
             "update": (train.update, (runner,), None)}
 
 
+# ---- A GPU that is not here -------------------------------------------------------------------------------
+
+def describe(parser, path):
+    """(its name, bytes per second, sharding onto it) of the GPU in `path`, XLA's GpuTargetConfigProto as text."""
+    text = path.read_text()
+    try:
+        topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=text)
+    except (RuntimeError, NotImplementedError) as error:
+        parser.error(f'cannot compile for CUDA; is "jax[cuda13]" installed? {error}')
+    [device] = topology.devices
+    rate = float(re.search(r"memory_bandwidth: (\d+)", text)[1])
+    return device.device_kind, rate, SingleDeviceSharding(device)
+
+
+def compile_for(sharding, function, args):
+    """The executable for the device of `sharding`; untuned, because tuning would have to run candidates."""
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
+    traced = jax.jit(function, in_shardings=sharding, out_shardings=sharding).trace(*args)
+    return traced.lower(lowering_platforms=("cuda",)).compile({"xla_gpu_autotune_level": "0"})
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -229,14 +252,19 @@ def main():
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE",
                         help="other whole-numbered trainer settings")
+    parser.add_argument("--target", type=Path, help="a GPU to compile for, such as benchmarks/h100.txtpb")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS / "kernels.csv")
     options = parser.parse_args()
     trainer = importlib.import_module(options.trainer)
-    settings = trainer.ACCELERATOR if jax.default_backend() != "cpu" else {}
+    settings = trainer.ACCELERATOR if options.target or jax.default_backend() != "cpu" else {}
     settings |= {name: int(value) for name, value in (text.split("=") for text in options.set)}
     settings |= {"env": tuple(options.tasks)} if options.tasks else {}
-    table, rate, platform = Table(options.out), copy_rate(options.repeats), jax.default_backend()
+    if options.target:
+        platform, rate, sharding = describe(parser, options.target)
+    else:
+        platform, rate = jax.default_backend(), copy_rate(options.repeats)
+    table = Table(options.out)
     print(f"counts are of the program compiled for: {platform}"
           + (", which says little about a GPU's" if platform == "cpu" else ""))
 
@@ -245,17 +273,18 @@ def main():
         made = programs(trainer, config)
         for part in options.parts:
             function, args, steps = made[part]
-            compiled = jax.jit(function).lower(*args).compile()
+            if options.target:
+                compiled = compile_for(sharding, function, args)
+            else:
+                compiled = jax.jit(function).lower(*args).compile()
             computations, entry = parse(compiled.as_text())
             name = loop_body(computations, steps) if steps else entry
             usual, rare = count(computations, name), count(computations, name, max)
-            cost = compiled.cost_analysis()
-            took = seconds(compiled, *args, repeats=options.repeats) / (steps or 1)
+            took = "" if options.target else seconds(compiled, *args, repeats=options.repeats) / (steps or 1)
             floor = usual.bytes / rate
             table.add(part=part, platform=platform, tasks=len(config.env), lanes=lanes, kernels=usual.kernels,
                       rarely=rare.kernels, loops=usual.loops, unknown=usual.unknown, mb=usual.bytes / 1e6,
-                      ms=1e3 * took, floor_ms=1e3 * floor, times_floor=took / floor,
-                      flops=cost["flops"], cost_mb=cost["bytes accessed"] / 1e6)
+                      ms=took and 1e3 * took, floor_ms=1e3 * floor, times_floor=took and took / floor)
 
 
 if __name__ == "__main__":
