@@ -720,7 +720,12 @@ def newton(M, dofs, a0, groups, dtype):
             d = d * line_search(M, a - start, d, members, xs, dxs, dot(g, d), evaluations, dtype)
         return tuple(raw(c, dtype) for c in a + d)
 
-    values = lax.fori_loop(0, iterations, iterate, tuple(jnp.asarray(raw(c, dtype)) for c in start))
+    values = tuple(jnp.asarray(raw(c, dtype)) for c in start)
+    if jax.default_backend() == "cpu":
+        values = lax.fori_loop(0, iterations, iterate, values)
+    else:  # a turn is then one kernel, without copies and counters; barriers, as XLA takes minutes to fuse turns
+        for k in range(iterations):
+            values = lax.optimization_barrier(iterate(k, values))
     return [Num(c) for c in values]
 
 
