@@ -13,6 +13,8 @@ sys.path.insert(0, str(ROOT))
 
 import jax  # noqa: E402
 
+from hlo import compile_for  # noqa: E402
+
 jax.config.update("jax_compilation_cache_dir", None)  # else compile times would be those of an earlier run
 
 
@@ -24,10 +26,10 @@ class Program(NamedTuple):
     megabytes: float  # temporaries and outputs, as XLA plans them; arguments are not counted
 
 
-def compile_program(function, *args):
-    """Program of jax.jit(function) for args. The megabytes are known before it runs."""
+def compile_program(function, *args, target=None):
+    """Program of jax.jit(function) for args, for this device or a `target`. The megabytes are known before it runs."""
     start = time.perf_counter()
-    compiled = jax.jit(function).lower(*args).compile()
+    compiled = compile_for(target, function, args) if target else jax.jit(function).lower(*args).compile()
     compile_s = time.perf_counter() - start
     memory = compiled.memory_analysis()
     return Program(compiled, compile_s, (memory.temp_size_in_bytes + memory.output_size_in_bytes) / 1e6)

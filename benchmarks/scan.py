@@ -2,6 +2,7 @@
 
     python benchmarks/scan.py                                       # a grid that suits this device
     python benchmarks/scan.py --lengths 128 --batches 64 --states 64 128 256
+    python benchmarks/scan.py --lengths 128 --batches 64 1536 --states 256 --target benchmarks/h100.txtpb
 
     parallel     s5.linear_recurrence(scan="parallel"): an associative scan over all T steps
     sequential   s5.linear_recurrence(scan="sequential"): a loop of T steps
@@ -17,7 +18,9 @@ Shapes as in training: one a (P/2,) for all steps, b (T, B, P/2), x0 (B, P/2), a
 
 a and its gradient, a few hundred bytes, are left out. floor_ms is these bytes over the rate at which this
 device, in this process, negates a large array in place (bytes read plus written); times_floor is ms over it.
-Data smaller than a cache can go under that floor. Medians of several calls, synchronised, after a warm-up.
+Data smaller than a cache can go under that floor. kernels are those of the compiled program and times_bytes the
+bytes that they move over the least, both as hlo.py counts them. --target only compiles, for the GPU that a
+file describes (hlo.py), and takes the floor from the bandwidth stated there. Medians of several calls, synchronised, after a warm-up.
 What would need more than --memory is left out, and says so.
 """
 
@@ -29,6 +32,7 @@ from common import RESULTS, Table, compile_program, plot_into, seconds  # first:
 import jax
 import jax.numpy as jnp
 
+from hlo import count, describe, parse
 from s5 import linear_recurrence
 
 COSTS, SCANS = ("forward", "forward+backward"), ("parallel", "sequential", "chunked")
@@ -115,11 +119,17 @@ def main():
     parser.add_argument("--states", type=int, nargs="+", default=grid["states"], help="P, even")
     parser.add_argument("--chunk", type=int, default=128, help="divides every length above it")
     parser.add_argument("--memory", type=float, default=device_gigabytes(), help="gigabytes of a call")
+    parser.add_argument("--target", type=Path, help="a GPU to compile for, such as benchmarks/h100.txtpb")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS / "scan.csv", help="a picture goes beside it")
     options = parser.parse_args()
-    table, rate = Table(options.out), copy_rate(options.repeats)
-    print(f"copy of a large array: {rate / 1e9:.1f} GB/s read plus written")
+    table = Table(options.out)
+    if options.target:
+        name, rate, sharding = describe(options.target)
+        print(f"compiled for {name}, {rate / 1e9:.0f} GB/s; times are not known")
+    else:
+        rate, sharding = copy_rate(options.repeats), None
+        print(f"copy of a large array: {rate / 1e9:.1f} GB/s read plus written")
 
     for states in options.states:
         for batch in options.batches:
@@ -128,23 +138,30 @@ def main():
                 if least_bytes("forward", *size) > 1e9 * options.memory:
                     print(f"T={length} B={batch} P={states} left out: more than {options.memory:.1f} GB")
                     continue
-                inputs = values(*size)
+                inputs = shapes(*size) if options.target else values(*size)
                 for cost in COSTS:
                     args = inputs[:4] if cost == "forward" else inputs
                     for scan in SCANS:
                         function = recurrence(scan, options.chunk)
                         function = function if cost == "forward" else forward_backward(function)
-                        program = compile_program(function, *shapes(*size)[:len(args)])
-                        megabytes = program.megabytes + sum(x.nbytes for x in inputs) / 1e6
+                        program = compile_program(function, *shapes(*size)[:len(args)], target=sharding)
+                        megabytes = program.megabytes + sum(x.size * x.dtype.itemsize for x in inputs) / 1e6
                         if megabytes > 1e3 * options.memory:
                             print(f"T={length} B={batch} P={states} {cost} {scan} left out: "
                                   f"{megabytes:.0f} MB")
                             continue
-                        took = seconds(program.run, *args, repeats=options.repeats, budget=10.0)
-                        floor = least_bytes(cost, *size) / rate
+                        took = "" if options.target else seconds(
+                            program.run, *args, repeats=options.repeats, budget=10.0)
+                        least = least_bytes(cost, *size)
+                        moved = count(*parse(program.run.as_text()))
                         table.add(cost=cost, scan=scan, length=length, batch=batch, states=states,
-                                  ms=1e3 * took, floor_ms=1e3 * floor, times_floor=took / floor,
+                                  ms=took and 1e3 * took, floor_ms=1e3 * least / rate,
+                                  times_floor=took and took * rate / least,
+                                  kernels=moved.kernels, times_bytes=moved.bytes / least,
                                   compile_s=program.compile_s, megabytes=megabytes)
+
+    if options.target:
+        return
 
     def draw(axis, i, j):
         for k, scan in enumerate(SCANS):

@@ -137,9 +137,12 @@ def plot(rows, base, path):
             same = [row for row in rows if row["trainer"] == origin["trainer"]
                     and all(row[c] == origin[c] for c in columns if c != column)]
             points = sorted((row[column], row["steps_per_s"]) for row in same)
-            axis.plot(*zip(*points), "o-", label=origin["trainer"])
-        axis.set(xscale="log", title=f"against {column}", xlabel=column, ylim=(0, None),
-                 ylabel="environment steps per second")
+            if len(points) > 1:
+                axis.plot(*zip(*points), "o-", label=origin["trainer"])
+        values = sorted({row[column] for row in rows})
+        axis.set(xscale="log", title=f"against {column}", ylim=(0, None), ylabel="environment steps per second")
+        axis.set_xticks(values, values)
+        axis.minorticks_off()
         axis.legend(fontsize=7)
 
     plot_into(path, 1, 1 + len(walked), draw)

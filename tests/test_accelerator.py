@@ -131,21 +131,21 @@ ENTRY %main (start: (s32[], f32[13,4], f32[4], (s32[], c64[4]), pred[])) -> (s32
 
 
 def test_kernels_and_bytes_of_a_program_written_by_hand(load):
-    kernels = load("kernels")
+    hlo = load("hlo")
     known = re.sub(r"K(\d+)", r'{"known_trip_count":{"n":"\1"}}', MODULE)
-    computations, entry = kernels.parse(known)
+    computations, entry = hlo.parse(known)
     # a turn of the loop: the store (index and row read, row written), three library calls, one copy or two
     moved = (4 + 16 + 16) + 3 * (32 + 32)
-    assert kernels.loop_body(computations, 13) == "body" and entry == "main"
-    assert kernels.count(computations, "body") == (1 + 3 + 1, 1, 0, moved + 32)
-    assert kernels.count(computations, "body", max) == (1 + 3 + 2, 1, 0, moved + 64)
+    assert hlo.loop_body(computations, 13) == "body" and entry == "main"
+    assert hlo.count(computations, "body") == (1 + 3 + 1, 1, 0, moved + 32)
+    assert hlo.count(computations, "body", max) == (1 + 3 + 2, 1, 0, moved + 64)
     # the loop without a known count adds its body and its condition once
-    assert kernels.count(computations, "main") == (13 * 5 + 2, 3, 1, 13 * (moved + 32) + 64 + (1 + 8))
-    assert kernels.shape_bytes("(s32[], /*index=1*/bf16[2,3]{1,0}, pred[7], c64[2])") == 4 + 12 + 7 + 16
+    assert hlo.count(computations, "main") == (13 * 5 + 2, 3, 1, 13 * (moved + 32) + 64 + (1 + 8))
+    assert hlo.shape_bytes("(s32[], /*index=1*/bf16[2,3]{1,0}, pred[7], c64[2])") == 4 + 12 + 7 + 16
 
 
 def test_kernels_of_a_compiled_loop(load):
-    kernels = load("kernels")
+    hlo = load("hlo")
     weights, x = jnp.ones((64, 64)), jnp.ones((8, 64))
 
     def compiled(turns):
@@ -156,11 +156,11 @@ def test_kernels_of_a_compiled_loop(load):
     counts, costs = [], []
     for turns in (13, 26):
         program = compiled(turns)
-        computations, entry = kernels.parse(program.as_text())
-        body = kernels.count(computations, kernels.loop_body(computations, turns))
+        computations, entry = hlo.parse(program.as_text())
+        body = hlo.count(computations, hlo.loop_body(computations, turns))
         assert body.kernels >= 3 and not body.unknown  # two products with a nonlinearity between them
         assert body.bytes >= (2 * 64 * 64 + 4 * 8 * 64) * 4
-        counts.append((kernels.count(computations, entry), body))
+        counts.append((hlo.count(computations, entry), body))
         costs.append(program.cost_analysis()["flops"])
     (short, body), (long, same) = counts
     assert body == same and long.kernels - short.kernels == 13 * body.kernels
@@ -169,12 +169,22 @@ def test_kernels_of_a_compiled_loop(load):
 
 
 def test_bytes_without_loops_are_those_of_xla(load):
-    kernels = load("kernels")
+    hlo = load("hlo")
     function = jax.jit(lambda x, y: jnp.sin(x + y).sum(0))
     program = function.lower(jnp.ones((64, 32)), jnp.ones(32)).compile()
-    computations, entry = kernels.parse(program.as_text())
-    np.testing.assert_allclose(kernels.count(computations, entry).bytes,
+    computations, entry = hlo.parse(program.as_text())
+    np.testing.assert_allclose(hlo.count(computations, entry).bytes,
                                program.cost_analysis()["bytes accessed"], rtol=0.02)
+
+
+def test_a_gpu_that_is_not_here_needs_its_compiler(load, monkeypatch):
+    hlo = load("hlo")
+
+    def missing(**_):
+        raise NotImplementedError("topology not implemented for cuda")
+    monkeypatch.setattr(hlo.topologies, "get_topology_desc", missing)
+    with pytest.raises(SystemExit, match="jax.cuda13"):
+        hlo.describe(FOLDER / "h100.txtpb")
 
 
 # ---- The script --------------------------------------------------------------------------------------------

@@ -171,6 +171,18 @@ def test_control_step_equals_c_with_its_default_tolerance(name):
     assert np.quantile(qpos, 0.999) < (1e-8 if name == "cartpole" else 1e-9)
 
 
+def test_an_accelerators_program_gives_the_same_numbers(monkeypatch):
+    """There the solver's turns are unrolled."""
+    inputs = collect("finger_turn")[:3]
+    with jax.enable_x64(True):
+        here = step("finger_turn")(*inputs)
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        there = jax.jit(jax.vmap(physics.make_step(load("finger_turn"), SUBSTEPS["finger_turn"])),
+                        compiler_options={"xla_backend_optimization_level": 0})(*inputs)
+        for a, b in zip(there, here):
+            np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-9)
+
+
 def test_the_collected_states_are_the_interesting_ones():
     def beyond(name, joint):
         qpos, (lo, hi) = collect(name, tolerance=0.0)[0][:, joint], load(name).jnt_range[joint]
