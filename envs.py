@@ -729,7 +729,7 @@ class Lanes:
                 act_matrix = self._matrices(act_key, self.act_dims, [self.action_size] * len(self.tasks))
         return Start(states, jnp.concatenate(obs), obs_matrix, act_matrix)
 
-    def _show(self, obs_matrix, obs):
+    def show(self, obs_matrix, obs):
         """Raw observations (N, .) as the agent sees them (N, obs_size)."""
         shown = obs if obs_matrix is None else matvec(obs_matrix, obs)
         return jnp.sign(shown) * jnp.log1p(jnp.abs(shown)) if self.obs_transform == "symlog" else shown
@@ -775,7 +775,7 @@ class Lanes:
         if self.stagger:
             spent = jax.random.randint(stagger_key, (N,), 0, self.limits * self.episodes_per_trial)
         zeros, ones = jnp.zeros(N, jnp.float32), jnp.ones(N, jnp.float32)
-        shown = self._show(first.obs_matrix, first.obs)
+        shown = self.show(first.obs_matrix, first.obs)
         inputs = self._input(shown, 0.0 * shown, jnp.zeros((N, self.action_size), jnp.float32),
                              zeros, ones, ones)
         clock = spent % self.limits
@@ -825,14 +825,14 @@ class Lanes:
 
         no = jnp.zeros_like(end)
         old_shown = state.input[:, :self.obs_size]
-        shown = self._show(state.obs_matrix, obs)
+        shown = self.show(state.obs_matrix, obs)
         final_input = self._input(shown, shown - old_shown, last_action, reward, no, no)
         final_input = jnp.where(diverged[:, None], state.input, final_input)
 
         obs = select(end, spare.obs, obs)
         obs_matrix, act_matrix = select(trial_end, (spare.obs_matrix, spare.act_matrix),
                                         (state.obs_matrix, state.act_matrix))
-        shown = self._show(obs_matrix, obs)
+        shown = self.show(obs_matrix, obs)
         inputs = self._input(shown, jnp.where(end[:, None], 0.0, shown - old_shown),
                              jnp.where(trial_end[:, None], 0.0, last_action),
                              jnp.where(trial_end, 0.0, reward), end, trial_end)

@@ -186,7 +186,7 @@ def starts(agent, lanes):
                                           (max(lanes.act_dims), lanes.action_size)))
             obs.append(envs.pad_to(jax.vmap(env.get_obs)(state.env[i]), (max(lanes.obs_dims),)))
         obs, obs_matrix, act_matrix = map(jnp.concatenate, (obs, obs_matrix, act_matrix))
-        inputs = inputs.at[:, :lanes.obs_size].set(lanes._show(obs_matrix, obs))
+        inputs = inputs.at[:, :lanes.obs_size].set(lanes.show(obs_matrix, obs))
         return state.replace(obs_matrix=obs_matrix, act_matrix=act_matrix, input=inputs), inputs
 
     project = jit_once(project, static_argnums=2)
