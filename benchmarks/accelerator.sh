@@ -140,7 +140,7 @@ bench kernels kernels "${kernels[@]}"
 large saturation kernels --parts environment acting --lanes 384 1536 6144 24576 98304
 large train_lanes train --trainers train_s5 --lanes 384 1536 24576 --rollouts 512 --widths 64 128 512 --seeds
 
-# 4. The recurrence: parallel, sequential, chunked over the memory floor; whole memories against length
+# 4. The recurrence: parallel, sequential, unrolled, chunked over the memory floor; whole memories against length
 bench scan scan "${scan[@]}"
 large sequence sequence --width 256 --layers 4 --batches 1 64 1024 --memory 40
 

@@ -1,4 +1,4 @@
-"""The linear recurrence of S5, three ways, against the time that moving its bytes would take.
+"""The linear recurrence of S5, four ways, against the time that moving its bytes would take.
 
     python benchmarks/scan.py                                       # a grid that suits this device
     python benchmarks/scan.py --lengths 128 --batches 64 --states 64 128 256
@@ -6,6 +6,7 @@
 
     parallel     s5.linear_recurrence(scan="parallel"): an associative scan over all T steps
     sequential   s5.linear_recurrence(scan="sequential"): a loop of T steps
+    unrolled     the same with 16 steps in a turn of the loop
     chunked      a loop over chunks of --chunk steps, an associative scan within each
 
 Shapes as in training: one a (P/2,) for all steps, b (T, B, P/2), x0 (B, P/2), all complex64, and resets
@@ -35,7 +36,7 @@ import jax.numpy as jnp
 from hlo import count, describe, parse
 from s5 import linear_recurrence
 
-COSTS, SCANS = ("forward", "forward+backward"), ("parallel", "sequential", "chunked")
+COSTS, SCANS = ("forward", "forward+backward"), ("parallel", "sequential", "unrolled", "chunked")
 GRIDS = {True: dict(lengths=[128, 1024, 4096], batches=[16, 64], states=[64]),  # CPU
          False: dict(lengths=[128, 512, 2048, 16384], batches=[16, 128, 1024, 4096], states=[64, 128, 256])}
 
@@ -57,7 +58,8 @@ def recurrence(scan, chunk):
     """function(a, b, x0, reset) -> x by the name in SCANS."""
     if scan == "chunked":
         return lambda a, b, x0, reset: chunked_recurrence(a, b, x0, reset, min(chunk, len(b)))
-    return lambda a, b, x0, reset: linear_recurrence(a, b, x0, reset, scan)
+    kwargs = {"scan": "sequential", "unroll": 16} if scan == "unrolled" else {"scan": scan}
+    return lambda a, b, x0, reset: linear_recurrence(a, b, x0, reset, **kwargs)
 
 
 def forward_backward(function):

@@ -38,7 +38,7 @@ def load(monkeypatch):
 
 # ---- The recurrence ----------------------------------------------------------------------------------------
 
-def test_the_three_scans_agree_with_a_plain_loop(load):
+def test_the_four_scans_agree_with_a_plain_loop(load):
     scan = load("scan")
     a, b, x0, reset, dx = scan.values(24, 3, 8)
     reset = reset.at[jnp.array([0, 5, 8, 16, 17]), 1].set(True)  # inside chunks and at their starts
