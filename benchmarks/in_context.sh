@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The learning experiments in results/: three seeds each, about three hours on two CPU cores.
+# The learning experiments in results/: three seeds each, about four hours on two CPU cores.
 #
 #     bash benchmarks/in_context.sh            # trains into runs/, compares into results/; finished runs are skipped
 #
@@ -23,7 +23,7 @@ for task in cartpole-swingup reacher-easy point_mass-easy; do
     python evaluate.py runs/$task-{s5,lstm,none,ceiling} --tasks $task --out results/$task
 done
 
-train six_s5 train_s5 --total-steps 5000000
-train six_lstm train_lstm --total-steps 5000000 --lr 2e-3
-train six_none train_s5 --total-steps 5000000 --memory none
+train six_s5 train_s5 --total-steps 12000000
+train six_lstm train_lstm --total-steps 12000000 --lr 2e-3
+train six_none train_s5 --total-steps 12000000 --memory none
 python evaluate.py runs/six_{s5,lstm,none} --no-projections --out results/six
