@@ -19,10 +19,10 @@ Shapes as in training: one a (P/2,) for all steps, b (T, B, P/2), x0 (B, P/2), a
 
 a and its gradient, a few hundred bytes, are left out. floor_ms is these bytes over the rate at which this
 device, in this process, negates a large array in place (bytes read plus written); times_floor is ms over it.
-Data smaller than a cache can go under that floor. kernels are those of the compiled program and times_bytes the
-bytes that they move over the least, both as hlo.py counts them. --target only compiles, for the GPU that a
-file describes (hlo.py), and takes the floor from the bandwidth stated there. Medians of several calls, synchronised, after a warm-up.
-What would need more than --memory is left out, and says so.
+Data smaller than a cache can go under that floor. kernels are those of the compiled program and times_bytes
+the bytes that they move over the least, both as hlo.py counts them. --target only compiles, for the GPU that
+a file describes (hlo.py), and takes the floor from the bandwidth stated there. What would need more than
+--memory is left out, and says so. Medians of several calls, synchronised, after a warm-up.
 """
 
 import argparse

@@ -255,5 +255,6 @@ def test_small(tmp_path):
     assert {row["run"] for row in tables["precision"]} == {"float32", "tensorfloat32", "bfloat16"}
     assert all(float(row["steps_per_s"]) > 0 and float(row["final_return"]) > 0
                for row in tables["precision"] + tables["short"])
-    assert len(tables["scan"]) == 12 and all(float(row["times_floor"]) > 0 for row in tables["scan"])
+    assert len(tables["scan"]) == 16
+    assert all(float(row[k]) > 0 for row in tables["scan"] for k in ("times_floor", "times_bytes", "kernels"))
     assert (tmp_path / "scan.png").read_bytes().startswith(b"\x89PNG")
