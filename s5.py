@@ -59,22 +59,22 @@ def linear_recurrence(a, b, x0, reset, scan="auto", unroll=1):
     a      (P,), the same at every step, or (T, ..., P); b (T, ..., P); x0 (..., P): real or complex floats
     reset  (T, ...) bool
     scan   "parallel" (logarithmic depth), "sequential", or "auto": sequential on a CPU, else parallel
-    unroll steps per turn of the sequential loop: 1 is best on a CPU
+    unroll steps per turn of the sequential loop, at least 1; 1 is best on a CPU
     Returns x (T, ..., P) in the common dtype of a, b and x0. Differentiable in reverse mode only.
-    Raises ValueError for any other scan and for shapes that do not fit.
+    Raises ValueError for any other scan, unroll < 1 and shapes that do not fit.
     """
-    if scan not in SCANS:
-        raise ValueError(f"scan must be one of {SCANS}, got {scan!r}")
+    if scan not in SCANS or unroll < 1:
+        raise ValueError(f"scan must be one of {SCANS} and unroll at least 1, got {scan!r} and {unroll!r}")
     if reset.shape != b.shape[:-1] or x0.shape != b.shape[1:] or a.shape not in (b.shape, b.shape[-1:]):
         raise ValueError(f"shapes do not fit: a {a.shape}, b {b.shape}, x0 {x0.shape}, reset {reset.shape}")
     parallel = jax.default_backend() != "cpu" if scan == "auto" else scan == "parallel"
     a, b, x0 = (v.astype(jnp.result_type(a, b, x0)) for v in (a, b, x0))
-    return _recurrence(0 if parallel else unroll, a, b, x0, jnp.logical_not(reset)[..., None])
+    return _recurrence(parallel, unroll, a, b, x0, jnp.logical_not(reset)[..., None])
 
 
-def _scan(unroll, a, b, x0, keep, reverse=False):
-    """The recurrence proper, parallel if unroll = 0. A reset is a_t = 0: as `reset_operator`, for less."""
-    if not unroll:
+def _scan(parallel, unroll, a, b, x0, keep, reverse=False):
+    """The recurrence proper. A reset is a_t = 0: the states that `reset_operator` gives, for less."""
+    if parallel:
         a, first = jnp.where(keep, a, 0), -1 if reverse else 0
         b = b.at[first].add(a[first] * x0)
         combine = lambda i, j: (j[0] * i[0], j[0] * i[1] + j[1])
@@ -87,17 +87,17 @@ def _scan(unroll, a, b, x0, keep, reverse=False):
     return lax.scan(step, x0, (None if a.ndim == 1 else a, b, keep), reverse=reverse, unroll=unroll)[1]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _recurrence(unroll, a, b, x0, keep):
-    return _scan(unroll, a, b, x0, keep)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _recurrence(parallel, unroll, a, b, x0, keep):
+    return _scan(parallel, unroll, a, b, x0, keep)
 
 
-def _recurrence_fwd(unroll, a, b, x0, keep):
-    x = _scan(unroll, a, b, x0, keep)
+def _recurrence_fwd(parallel, unroll, a, b, x0, keep):
+    x = _scan(parallel, unroll, a, b, x0, keep)
     return x, (a, x0, keep, x)
 
 
-def _recurrence_bwd(unroll, saved, dx):
+def _recurrence_bwd(parallel, unroll, saved, dx):
     """The adjoint is one reversed recurrence, g_t = dx_t + a_{t+1} keep_{t+1} g_{t+1}: only x need be stored.
 
     Then db = g and da_t = keep_t x_{t-1} g_t. No conjugates: jax's complex cotangents multiply plainly.
@@ -106,7 +106,7 @@ def _recurrence_bwd(unroll, saved, dx):
     constant = a.ndim == 1
     later = jnp.concatenate([keep[1:], jnp.zeros_like(keep[:1])])
     a_later = a if constant else jnp.roll(a, -1, 0)
-    g = _scan(unroll, a_later, dx, jnp.zeros_like(x0), later, reverse=True)
+    g = _scan(parallel, unroll, a_later, dx, jnp.zeros_like(x0), later, reverse=True)
     kept = jnp.where(keep, g, 0)
     da = kept * jnp.concatenate([x0[None], x[:-1]])
     return da.sum(range(da.ndim - 1)) if constant else da, g, (a if constant else a[0]) * kept[0], None

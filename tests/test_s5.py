@@ -230,6 +230,8 @@ def test_recurrence_rejects_what_does_not_fit():
     a, b, x0, reset = map(jnp.asarray, recurrence_case([], False))
     with pytest.raises(ValueError, match="scan"):
         linear_recurrence(a, b, x0, reset, "fast")
+    with pytest.raises(ValueError, match="unroll"):
+        linear_recurrence(a, b, x0, reset, "sequential", 0)
     for wrong in ((a[1:], b, x0, reset), (a, b, x0[1:], reset), (a, b, x0, reset[1:])):
         with pytest.raises(ValueError, match="shapes"):
             linear_recurrence(*wrong)
