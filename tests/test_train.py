@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -347,7 +346,7 @@ def test_two_devices_equal_one(tmp_path):
 def test_bad_input_is_one_sentence_and_exit_code_2(flags, message, tmp_path):
     done = command("train_s5", *flags, cwd=tmp_path)
     assert done.returncode == 2
-    assert message in re.sub(r"\\s+", " ", done.stdout + done.stderr)
+    assert message in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
 
 
