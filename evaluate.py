@@ -31,6 +31,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tyro
 
+import dmc
 import envs
 import replay as replay_page
 import report
@@ -142,7 +143,7 @@ def fits(agent, family, task):
     """Whether projections of `family` keep all of a DMControl task in the sizes of the agent's network."""
     env = envs.make(task)[0]
     return family not in ("identity", "orthogonal") or (
-        agent.obs_size >= envs.TASKS[task].obs_dim and agent.action_size >= env.model.nu)
+        agent.obs_size >= dmc.TASKS[task].obs_dim and agent.action_size >= env.model.nu)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -186,7 +187,7 @@ def starts(agent, lanes):
                                           (max(lanes.act_dims), lanes.action_size)))
             obs.append(envs.pad_to(jax.vmap(env.get_obs)(state.env[i]), (max(lanes.obs_dims),)))
         obs, obs_matrix, act_matrix = map(jnp.concatenate, (obs, obs_matrix, act_matrix))
-        inputs = inputs.at[:, :lanes.obs_size].set(lanes.show(obs_matrix, obs))
+        inputs = inputs.at[:, :lanes.obs_size].set(lanes.project_observation(obs_matrix, obs))
         return state.replace(obs_matrix=obs_matrix, act_matrix=act_matrix, input=inputs), inputs
 
     project = jit_once(project, static_argnums=2)

@@ -6,7 +6,7 @@
 A general simulator spends its time on what a small model lacks: loops over bodies of a runtime tree, gathers,
 masked rows, hundreds of tiny kernels. Here the compiled `mujoco.MjModel` is known while JAX traces, so the
 step is *partially evaluated*. Every quantity is a numpy object array whose entries are either Python floats
-(known now) or `Num`s (a traced scalar each). `Num`'s operators fold the constants and drop 0 and 1, so that
+(known now) or `Traced`s (a traced scalar each). `Traced`'s operators fold the constants and drop 0 and 1, so that
 ordinary 3-D rigid-body algebra leaves only the arithmetic that this one model needs: a planar mechanism
 collapses to planar code by itself. XLA fuses the rest and `vmap` supplies the batch. Fed with numbers only,
 the same code is an ordinary simulator that runs while tracing (see `merge_copies`).
@@ -22,6 +22,7 @@ with the model's own integrator, time step and friction cone:
 
 A model that needs anything else raises `NotImplementedError`: `backend="mjx"` is MuJoCo's own JAX port.
 """
+import copy
 import math
 from typing import NamedTuple
 
@@ -30,21 +31,22 @@ import jax.numpy as jnp
 import mujoco
 import numpy as np
 from jax import lax
+from mujoco import mjMAXIMP, mjMINIMP, mjMINVAL
 
-MINIMP, MAXIMP, MINVAL = 1e-4, 0.9999, 1e-15  # MuJoCo's mjMINIMP, mjMAXIMP, mjMINVAL
 SLIDE, HINGE = int(mujoco.mjtJoint.mjJNT_SLIDE), int(mujoco.mjtJoint.mjJNT_HINGE)
 GEOM, INTEGRATOR, WRAP, TRN = mujoco.mjtGeom, mujoco.mjtIntegrator, mujoco.mjtWrap, mujoco.mjtTrn
 PLANE, SPHERE, CAPSULE = int(GEOM.mjGEOM_PLANE), int(GEOM.mjGEOM_SPHERE), int(GEOM.mjGEOM_CAPSULE)
 
 
-def off(m, name):
+def disabled(m, name):
     """Is a part of the physics disabled in the model's option flags?"""
     return bool(m.opt.disableflags & int(getattr(mujoco.mjtDisableBit, f"mjDSBL_{name}")))
 
 
-# -------------------------------------------------- partial evaluation: scalars known now or later
-
-class Num:
+# ---------------------------------------------------------------------------------------------------------
+# Partial evaluation: scalars known now or later
+# ---------------------------------------------------------------------------------------------------------
+class Traced:
     """A traced scalar `x` (float or bool) of a computation whose float dtype is `dtype`.
 
     Mixed with Python floats it simplifies: c + 0, c * 0, c * 1, c * -1 and c / 1 cost nothing.
@@ -57,8 +59,8 @@ class Num:
     def _binary(self, op, other, swap=False):
         if isinstance(other, np.ndarray):
             return NotImplemented  # let numpy go through the entries
-        y = raw(other, self.dtype)
-        return Num(op(y, self.x) if swap else op(self.x, y), self.dtype)
+        y = unwrap(other, self.dtype)
+        return Traced(op(y, self.x) if swap else op(self.x, y), self.dtype)
 
     def __add__(self, other):
         return self if known(other, 0) else self._binary(lax.add, other)
@@ -83,7 +85,7 @@ class Num:
         return 0.0 if known(other, 0) else self._binary(lax.div, other, swap=True)
 
     def __neg__(self):
-        return Num(lax.neg(self.x), self.dtype)
+        return Traced(lax.neg(self.x), self.dtype)
 
     def __lt__(self, other):
         return self._binary(lax.lt, other)
@@ -105,15 +107,15 @@ class Num:
 
 def known(a, value=None):
     """Is `a` a constant (equal to `value`, if given)?"""
-    return not isinstance(a, (Num, np.ndarray)) and (value is None or a == value)
+    return not isinstance(a, (Traced, np.ndarray)) and (value is None or a == value)
 
 
-def raw(a, dtype):
-    return a.x if isinstance(a, Num) else np.asarray(a, dtype)[()]
+def unwrap(a, dtype):
+    return a.x if isinstance(a, Traced) else np.asarray(a, dtype)[()]
 
 
 def scalars(array, dtype):
-    return [Num(array[i].astype(dtype)) for i in range(array.shape[0])]
+    return [Traced(array[i].astype(dtype)) for i in range(array.shape[0])]
 
 
 def const(a):
@@ -127,7 +129,7 @@ def zeros(*shape):
 
 
 def _unary(fn, lax_fn):
-    return lambda a: fn(a) if known(a) else Num(lax_fn(a.x), a.dtype)
+    return lambda a: fn(a) if known(a) else Traced(lax_fn(a.x), a.dtype)
 
 
 sin, cos, sqrt = _unary(math.sin, lax.sin), _unary(math.cos, lax.cos), _unary(math.sqrt, lax.sqrt)
@@ -141,7 +143,7 @@ def _pairwise(fn, lax_fn):
             c, other = (a, b) if known(a) else (b, a)
             if math.isinf(c) and fn(c, 0.0) == 0.0:
                 return other
-        return a._binary(lax_fn, b) if isinstance(a, Num) else b._binary(lax_fn, a)
+        return a._binary(lax_fn, b) if isinstance(a, Traced) else b._binary(lax_fn, a)
     return apply
 
 
@@ -156,8 +158,8 @@ def where(condition, a, b):
     if known(condition):
         return a if condition else b
     dtype = condition.dtype
-    x, y = (jnp.asarray(raw(c, dtype), dtype) for c in (a, b))
-    return Num(lax.select(condition.x, x, y), dtype)
+    x, y = (jnp.asarray(unwrap(c, dtype), dtype) for c in (a, b))
+    return Traced(lax.select(condition.x, x, y), dtype)
 
 
 def dot(a, b):
@@ -169,10 +171,10 @@ def cross(a, b):
 
 
 def power(x, p):
-    return x if p == 1 else x * x if p == 2 else Num(lax.pow(x.x, raw(p, x.dtype)), x.dtype)
+    return x if p == 1 else x * x if p == 2 else Traced(lax.pow(x.x, unwrap(p, x.dtype)), x.dtype)
 
 
-def settle(values):
+def fusion_barrier(values):
     """The same values (object array), computed once.
 
     XLA's CPU fusion repeats cheap shared work in every consumer, but never a division. Dividing by a 1 that
@@ -182,7 +184,7 @@ def settle(values):
     traced = [v for v in np.ravel(values) if not known(v)]
     if not traced:
         return values
-    one = Num(traced[0].x * 0 + 1)
+    one = Traced(traced[0].x * 0 + 1)
     return np.vectorize(lambda v: v if known(v) else v / one, otypes=[object])(values)
 
 
@@ -212,8 +214,9 @@ def solve(factors, b):
     return np.array(x, object)
 
 
-# ------------------------------------------------------------------------------------ rigid bodies
-
+# ---------------------------------------------------------------------------------------------------------
+# Rigid bodies
+# ---------------------------------------------------------------------------------------------------------
 def rotation(quat):
     mat = np.zeros(9)
     mujoco.mju_quat2Mat(mat, np.asarray(quat, float))
@@ -240,7 +243,7 @@ class Tree(NamedTuple):
 def forward_tree(m, q, v=None):
     """`Tree` at joint positions `q` (nq,) and velocities `v` (nv,); v = None leaves the motion at zero."""
     pos, mat, dofs = [const([0, 0, 0])], [const(np.eye(3))], [[]]
-    omega, alpha, acc = [zeros(3)], [zeros(3)], [const(-m.opt.gravity * (not off(m, "GRAVITY")))]
+    omega, alpha, acc = [zeros(3)], [zeros(3)], [const([0, 0, 0] if disabled(m, "GRAVITY") else -m.opt.gravity)]
     axes, anchors = [None] * m.nv, [None] * m.nv
 
     def centripetal(w, dw, r):
@@ -315,24 +318,24 @@ def tendon(m, tree, q, t, wrap_prm):
         return length, J
     sites = [m.wrap_objid[w] for w in wraps]
     for s0, s1 in zip(sites, sites[1:]):
-        (p0, p1), (b0, b1) = ([point(m, tree, s) for s in (s0, s1)], m.site_bodyid[[s0, s1]])
+        (p0, p1), (b0, b1) = ([site_position(m, tree, s) for s in (s0, s1)], m.site_bodyid[[s0, s1]])
         distance = sqrt(dot(p1 - p0, p1 - p0))
         if known(distance):
             length = length + distance
             continue
-        direction = (p1 - p0) * where(distance < MINVAL, 0.0, 1.0 / distance)
+        direction = (p1 - p0) * where(distance < mjMINVAL, 0.0, 1.0 / distance)
         length = length + distance
-        for d, value in row(tree, (b0, p0), (b1, p1), direction).items():
+        for d, value in relative_jacobian(tree, (b0, p0), (b1, p1), direction).items():
             J[d] = value + J.get(d, 0.0)
     return length, J
 
 
-def point(m, tree, site):
+def site_position(m, tree, site):
     b = m.site_bodyid[site]
     return tree.pos[b] + tree.mat[b] @ const(m.site_pos[site])
 
 
-def row(tree, end1, end2, direction):
+def relative_jacobian(tree, end1, end2, direction):
     """{dof: velocity of end 2 relative to end 1 along `direction`}; an end is (body, world point)."""
     J = {}
     for (body, p), sign in ((end1, -1.0), (end2, 1.0)):
@@ -341,8 +344,9 @@ def row(tree, end1, end2, direction):
     return J
 
 
-# ------------------------------------------------------------------------------------- constraints
-
+# ---------------------------------------------------------------------------------------------------------
+# Constraints
+# ---------------------------------------------------------------------------------------------------------
 class Group(NamedTuple):
     """Constraints on the same coordinates y = T a: one scalar, or the relative planar twist of two bodies."""
     T: list           # of {dof: coefficient}
@@ -377,7 +381,7 @@ class Contact(NamedTuple):
     mu: float
     impratio: float
     elliptic: bool
-    zone: dict        # where to sum its normal force: {touch sensor: 0/1 Num}
+    zone: dict        # where to sum its normal force: {touch sensor: 0/1 Traced}
 
     def gradient(self, x):
         """Gradient W x: the cost is piecewise quadratic, with the Hessian W of the piece that x is in."""
@@ -401,19 +405,27 @@ class Contact(NamedTuple):
 
 
 def impedance(m, solref, solimp, position, weight):
-    """MuJoCo's soft-constraint parameters at `position` (violation minus margin).
+    """MuJoCo's soft-constraint parameters ("Computation: constraint model" in its manual).
 
-    Returns (active, D, B, K d): D = 1/R for a diagonal weight `weight`, aref = -B (J v) - (K d) position.
+    Args:
+      m: model, for its time step.
+      solref: (2,) time constant and damping ratio, or minus stiffness and minus damping.
+      solimp: (5,) impedance d0, d1, width, midpoint, power.
+      position: distance to the constraint minus its margin, negative when violated; a constant 0 for friction loss.
+      weight: diagonal of J M^-1 J', as estimated by MuJoCo's invweight0.
+
+    Returns:
+      (D, B, K d): inverse regularisation D = 1/R; reference acceleration aref = -B (J v) - (K d) position.
     """
-    d0, d1 = np.clip(solimp[:2], MINIMP, MAXIMP)
-    width, mid, p = max(0.0, solimp[2]), float(np.clip(solimp[3], MINIMP, MAXIMP)), max(1.0, solimp[4])
+    d0, d1 = np.clip(solimp[:2], mjMINIMP, mjMAXIMP)
+    width, mid, p = max(0.0, solimp[2]), float(np.clip(solimp[3], mjMINIMP, mjMAXIMP)), max(1.0, solimp[4])
     d0, d1 = float(d0), float(d1)
     if solref[0] > 0 and solref[1] > 0:
         time = max(float(solref[0]), 2 * m.opt.timestep)
-        K, B = 1.0 / max(MINVAL, (d1 * time * float(solref[1])) ** 2), 2.0 / max(MINVAL, d1 * time)
+        K, B = 1.0 / max(mjMINVAL, (d1 * time * float(solref[1])) ** 2), 2.0 / max(mjMINVAL, d1 * time)
     else:
-        K, B = -float(solref[0]) / max(MINVAL, d1 * d1), -float(solref[1]) / max(MINVAL, d1)
-    if d0 == d1 or width <= MINVAL:
+        K, B = -float(solref[0]) / max(mjMINVAL, d1 * d1), -float(solref[1]) / max(mjMINVAL, d1)
+    if d0 == d1 or width <= mjMINVAL:
         d = 0.5 * (d0 + d1)
     elif known(position):
         d = d0  # friction loss: always at zero
@@ -422,7 +434,7 @@ def impedance(m, solref, solimp, position, weight):
         y = x if p == 1 else where(x < mid, power(x, p) / mid ** (p - 1),
                                    1.0 - power(1.0 - x, p) / (1.0 - mid) ** (p - 1))
         d = d0 + y * (d1 - d0)
-    weight = max(weight, MINVAL)
+    weight = max(weight, mjMINVAL)
     D = d / ((1.0 - d) * weight)
     return D, B, K * d
 
@@ -430,12 +442,12 @@ def impedance(m, solref, solimp, position, weight):
 def scalar_rows(m, tree, q, v, wrap_prm):
     """Friction loss, joint limits and tendon limits as groups of one `Row`."""
     groups = []
-    if not off(m, "FRICTIONLOSS"):
+    if not disabled(m, "FRICTIONLOSS"):
         for d in np.flatnonzero(m.dof_frictionloss > 0):
             D, B, _ = impedance(m, m.dof_solref[d], m.dof_solimp[d], 0.0, float(m.dof_invweight0[d]))
             loss = float(m.dof_frictionloss[d])
             groups.append(Group([{d: 1.0}], [Row(((1.0,),), (-B * v[d],), D, -loss, loss)]))
-    if off(m, "LIMIT"):
+    if disabled(m, "LIMIT"):
         return groups
 
     def limit(value, J, bounds, margin, solref, solimp, weight, only_upper=False):
@@ -461,21 +473,22 @@ def scalar_rows(m, tree, q, v, wrap_prm):
     return groups
 
 
-# ---------------------------------------------------------------------------------------- contacts
-
+# ---------------------------------------------------------------------------------------------------------
+# Contacts
+# ---------------------------------------------------------------------------------------------------------
 def contact_pairs(m):
     """Geom pairs that MuJoCo's filters let collide, less those that no joint positions can bring together."""
-    if off(m, "CONTACT") or off(m, "CONSTRAINT"):
+    if disabled(m, "CONTACT") or disabled(m, "CONSTRAINT"):
         return []
     data = mujoco.MjData(m)
     mujoco.mj_kinematics(m, data)
     weld, body = m.body_weldid, m.geom_bodyid
     parent = weld[m.body_parentid[weld]]
-    discs = [disc(m, data, g) for g in range(m.ngeom)]
+    discs = [reach_disc(m, data, g) for g in range(m.ngeom)]
     pairs = []
     for g1, g2 in ((i, j) for i in range(m.ngeom) for j in range(i + 1, m.ngeom)):
         w1, w2 = weld[body[g1]], weld[body[g2]]
-        family = w1 and w2 and (parent[w1] == w2 or parent[w2] == w1) and not off(m, "FILTERPARENT")
+        family = w1 and w2 and (parent[w1] == w2 or parent[w2] == w1) and not disabled(m, "FILTERPARENT")
         masks = m.geom_contype[g1] & m.geom_conaffinity[g2] or m.geom_contype[g2] & m.geom_conaffinity[g1]
         if not masks or w1 == w2 or family or (body[g1] << 16) + body[g2] in m.exclude_signature:
             continue
@@ -492,7 +505,7 @@ def contact_pairs(m):
     return pairs
 
 
-def disc(m, data, g):
+def reach_disc(m, data, g):
     """(centre (3,), radius): geom `g`, projected on the x-z plane, stays inside at any joint positions.
 
     Going up the tree, a hinge along y turns the disc about its anchor: a disc around the anchor that holds it
@@ -519,7 +532,7 @@ def joints_above(m, body):
         body = m.body_parentid[body]
 
 
-def proximity(m, tree, g1, g2):
+def contact_geometry(m, tree, g1, g2):
     """[(distance, normal from geom 1 to 2 (3,), midpoint (3,))]: one entry, two for a plane and a capsule."""
     def pose(g):
         b = m.geom_bodyid[g]
@@ -546,7 +559,7 @@ def proximity(m, tree, g1, g2):
         p1, p2 = p1 + s1 * x1, p2 + s2 * x2
     offset = p2 - p1
     length = sqrt(dot(offset, offset))
-    same = length < MINVAL
+    same = length < mjMINVAL
     inverse = 1.0 / where(same, 1.0, length)
     normal = offset * inverse
     normal[0] = where(same, 1.0, normal[0])
@@ -558,7 +571,7 @@ def merge_copies(m, pairs, touch):
     """{pair: copies of each of its contacts}: a contact may stand for equal ones, which then have no copies.
 
     Where bodies only translate, several capsule ends over a plane are at the same height whatever happens (of
-    ball_in_cup's ten such contacts three are left). They are found by running `proximity` on numbers.
+    ball_in_cup's ten such contacts three are left). They are found by running `contact_geometry` on numbers.
     """
     copies, first = {pair: [1, 1] for pair in pairs}, {}
     if (m.jnt_type == HINGE).any() or len(touch):
@@ -567,7 +580,7 @@ def merge_copies(m, pairs, touch):
     trees = [forward_tree(m, rng.uniform(-2, 2, m.nq)) for _ in range(3)]
     for pair in (pair for pair in pairs if m.geom_type[pair[0]] == PLANE):
         parameters = np.hstack([m.geom_bodyid[list(pair)], *contact_parameters(m, *pair)])
-        for k, contacts in enumerate(zip(*(proximity(m, tree, *pair) for tree in trees))):
+        for k, contacts in enumerate(zip(*(contact_geometry(m, tree, *pair) for tree in trees))):
             numbers = np.hstack([np.hstack(c[:2]).astype(float) for c in contacts])
             other, i = first.setdefault(tuple(np.round([*parameters, *numbers], 10)), (pair, k))
             if (other, i) != (pair, k):
@@ -583,7 +596,7 @@ def contact_parameters(m, g1, g2):
         g = g1 if m.geom_priority[g1] > m.geom_priority[g2] else g2
         return float(m.geom_friction[g, 0]), m.geom_solref[g], m.geom_solimp[g], margin
     (w1, w2), ref = m.geom_solmix[[g1, g2]], m.geom_solref[[g1, g2]]
-    mix = w1 / (w1 + w2) if min(w1, w2) >= MINVAL else 0.5 if max(w1, w2) < MINVAL else float(w1 >= MINVAL)
+    mix = w1 / (w1 + w2) if min(w1, w2) >= mjMINVAL else 0.5 if max(w1, w2) < mjMINVAL else float(w1 >= mjMINVAL)
     solref = mix * ref[0] + (1 - mix) * ref[1] if (ref[:, 0] > 0).all() else ref.min(axis=0)
     solimp = mix * m.geom_solimp[g1] + (1 - mix) * m.geom_solimp[g2]
     return float(max(m.geom_friction[[g1, g2], 0])), solref, solimp, margin
@@ -604,8 +617,8 @@ def contact_rows(m, tree, v, pairs, touch):
         weight = float(m.body_invweight0[b1, 0] + m.body_invweight0[b2, 0])
         if not elliptic:
             weight *= (1 + mu * mu) * 2 * mu * mu / m.opt.impratio
-        for (distance, normal, p), copy in zip(proximity(m, tree, g1, g2), copies):
-            if not copy:
+        for (distance, normal, p), count in zip(contact_geometry(m, tree, g1, g2), copies):
+            if not count:
                 continue
             D, B, Kd = impedance(m, solref, solimp, distance - margin, weight)
             tangent, arm = np.array([-normal[2], 0.0, normal[0]], object), p - origin
@@ -615,9 +628,9 @@ def contact_rows(m, tree, v, pairs, touch):
             for k, site in enumerate(touch):
                 if m.site_bodyid[site] in (b1, b2):
                     ray = normal if m.site_bodyid[site] == b1 else -normal
-                    zone[k] = hits(m, tree, site, p, ray)
+                    zone[k] = ray_hits_site(m, tree, site, p, ray)
             group.members.append(Contact(J, (aref[0] - Kd * (distance - margin), aref[1]),
-                                         where(distance < margin, D * float(copy), 0.0), mu, m.opt.impratio,
+                                         where(distance < margin, D * float(count), 0.0), mu, m.opt.impratio,
                                          elliptic, zone))
     return list(groups.values())
 
@@ -633,18 +646,19 @@ def relative_twist(tree, b1, b2, origin):
     return [{d: c for d, c in t.items() if not known(c, 0)} for t in T]
 
 
-def hits(m, tree, site, start, direction):
+def ray_hits_site(m, tree, site, start, direction):
     """Does the ray meet the sphere or ellipsoid of `site`? (a t^2 + 2 b t + c = 0 has a root t >= 0.)"""
     frame = tree.mat[m.site_bodyid[site]] @ rotation(m.site_quat[site])
     sphere = m.site_type[site] == SPHERE
     inverse = const(1.0 / m.site_size[site][[0, 0, 0] if sphere else [0, 1, 2]])
-    start, direction = (frame.T @ (start - point(m, tree, site))) * inverse, (frame.T @ direction) * inverse
+    start, direction = (frame.T @ (start - site_position(m, tree, site))) * inverse, (frame.T @ direction) * inverse
     a, b, c = dot(direction, direction), dot(direction, start), dot(start, start) - 1.0
     return (c < 0.0) | ((b < 0.0) & (a * c < b * b))
 
 
-# ------------------------------------------------------------------------------------------ solver
-
+# ---------------------------------------------------------------------------------------------------------
+# Solver
+# ---------------------------------------------------------------------------------------------------------
 def islands(M, groups):
     """Split the dofs into sets that neither the mass matrix nor a group couples: [(dofs, groups)]."""
     label = list(range(len(M)))
@@ -691,7 +705,7 @@ def newton(M, dofs, a0, groups, dtype):
     iterations, evaluations = (5, 0) if smooth and len(dofs) <= 4 else (7, 3)  # enough: tests/test_physics.py
 
     def iterate(_, values):
-        a = np.array([Num(x) for x in values], object)
+        a = np.array([Traced(x) for x in values], object)
         full = dict(zip(dofs, a))
         g, H = M @ (a - start), M.copy()
         xs = []
@@ -709,7 +723,7 @@ def newton(M, dofs, a0, groups, dtype):
                     for k in range(i + 1):
                         stiffness[i, k] = stiffness[i, k] + dot(WJ, [j[k] for j in r.J])
                         stiffness[k, i] = stiffness[i, k]
-            force, stiffness = settle(force), settle(stiffness)
+            force, stiffness = fusion_barrier(force), fusion_barrier(stiffness)
             T = np.array([[t.get(d, 0.0) for d in dofs] for t in group.T], object)
             g, H = g + T.T @ force, H + T.T @ (stiffness @ T)
         d = solve(factor(H), -g)
@@ -718,15 +732,15 @@ def newton(M, dofs, a0, groups, dtype):
             dxs = [[dot(j, y) for j in r.J] for group in groups for y in [group.coordinates(full)]
                    for r in group.members]
             d = d * line_search(M, a - start, d, members, xs, dxs, dot(g, d), evaluations, dtype)
-        return tuple(raw(c, dtype) for c in a + d)
+        return tuple(unwrap(c, dtype) for c in a + d)
 
-    values = tuple(jnp.asarray(raw(c, dtype)) for c in start)
+    values = tuple(jnp.asarray(unwrap(c, dtype)) for c in start)
     if jax.default_backend() == "cpu":
         values = lax.fori_loop(0, iterations, iterate, values)
     else:  # a turn is then one kernel, without copies and counters; barriers, as XLA takes minutes to fuse turns
         for k in range(iterations):
             values = lax.optimization_barrier(iterate(k, values))
-    return [Num(c) for c in values]
+    return [Traced(c) for c in values]
 
 
 def line_search(M, offset, d, members, xs, dxs, slope0, evaluations, dtype):
@@ -739,9 +753,10 @@ def line_search(M, offset, d, members, xs, dxs, slope0, evaluations, dtype):
             at = [x0 + alpha * x1 for x0, x1 in zip(x, dx)]
             first = first + dot(r.gradient(at), dx)
             second = second + dot([dot(w, dx) for w in r.hessian(at)], dx)
-        return settle([first, second])
+        return fusion_barrier([first, second])
 
-    alpha, lo, hi, slope_lo, slope_hi = (Num(jnp.asarray(raw(x, dtype), dtype)) for x in (1.0, 0.0, 1.0, slope0, 0.0))
+    alpha, lo, hi, slope_lo, slope_hi = (Traced(jnp.asarray(unwrap(x, dtype), dtype))
+                                         for x in (1.0, 0.0, 1.0, slope0, 0.0))
     for _ in range(evaluations):  # unrolled: a GPU fuses the turns into a kernel or two
         s, curvature = slope(alpha)
         low = s <= -1e-4 * slope0
@@ -754,8 +769,215 @@ def line_search(M, offset, d, members, xs, dxs, slope0, evaluations, dtype):
     return alpha
 
 
-# ---------------------------------------------------------------------------------------- refusals
+# ---------------------------------------------------------------------------------------------------------
+# Public functions
+# ---------------------------------------------------------------------------------------------------------
+def make_step(model, substeps=1, backend="fused"):
+    """Compile `model` into one control step.
 
+    Args:
+      model: compiled `mujoco.MjModel`; its constants are read now, later changes to it are not seen.
+      substeps: physics steps of `model.opt.timestep` seconds in a control step.
+      backend: "fused" (this file) or "mjx" (MuJoCo's JAX port: slower, covers more models).
+
+    Returns:
+      step(qpos (nq,), qvel (nv,), ctrl (nu,), wrap_prm=None) -> (qpos (nq,), qvel (nv,), touch (ntouch,)), in
+      the dtype of `qpos` (float32, or float64 under x64), jitted and unbatched: use `jax.vmap`. `ctrl` is
+      clipped to its range as MuJoCo does. `touch` are the normal forces (newtons) of the touch sensors in
+      model order, as dm_control shows them after `Physics.step`: those of the last substep, before it is
+      integrated. `wrap_prm` (nwrap,) replaces `model.wrap_prm` (coefficients of fixed tendons; with "mjx"
+      only what motors at these tendons do changes).
+
+    Raises:
+      NotImplementedError: names the feature and the element that the fused step lacks.
+      ValueError: unknown backend.
+    """
+    if backend == "mjx":
+        return make_mjx_step(model, substeps)
+    if backend != "fused":
+        raise ValueError(f'backend must be "fused" or "mjx", not {backend!r}')
+    m = model
+    check(m)
+    touch = m.sensor_objid[m.sensor_type == mujoco.mjtSensor.mjSENS_TOUCH]
+    pairs = merge_copies(m, contact_pairs(m), touch)
+    h = float(m.opt.timestep)
+
+    @jax.jit
+    def step(qpos, qvel, ctrl, wrap_prm=None):
+        dtype = qpos.dtype
+        wraps = const(m.wrap_prm) if wrap_prm is None else scalars(wrap_prm, dtype)
+        tau = actuation(m, scalars(ctrl, dtype), wraps)
+
+        def forward(q, v):
+            """Constrained acceleration (nv,), mass matrix (nv, nv) and touch forces."""
+            tree = forward_tree(m, q, v)
+            M, bias = inertia_and_bias(m, tree)
+            force = [tau[d] - bias[d] - float(m.dof_damping[d]) * v[d] for d in range(m.nv)]
+            for j in np.flatnonzero(m.jnt_stiffness):
+                d, i = m.jnt_dofadr[j], m.jnt_qposadr[j]
+                force[d] = force[d] - float(m.jnt_stiffness[j]) * (q[i] - float(m.qpos_spring[i]))
+            M, force = fusion_barrier(M), fusion_barrier(force)
+            a = solve(factor(M), force)
+            forces = [0.0] * len(touch)
+            if not disabled(m, "CONSTRAINT"):
+                contacts = contact_rows(m, tree, v, pairs, touch)
+                a = constrain(M, a, scalar_rows(m, tree, q, v, wraps) + contacts, dtype)
+                for contact, y in ((c, group.coordinates(a)) for group in contacts for c in group.members):
+                    for k, inside in contact.zone.items():
+                        normal = -contact.gradient(residual(contact, y))[0]
+                        forces[k] = forces[k] + where(inside, normal, 0.0)
+            return a, M, forces
+
+        def euler(q, v):
+            a, M, forces = forward(q, v)
+            if m.dof_damping.any():
+                a = solve(factor(M + const(np.diag(h * m.dof_damping))), M @ a)
+            v = v + a * h
+            return q + v * h, v, forces
+
+        def runge_kutta(q, v):
+            a, _, forces = forward(q, v)
+            stages, rates = [v], [a]
+            for c in (0.5, 0.5, 1.0):
+                stages.append(v + rates[-1] * (c * h))
+                rates.append(forward(q + stages[-2] * (c * h), stages[-1])[0])
+
+            def mean(xs):
+                return (xs[0] + 2.0 * xs[1] + 2.0 * xs[2] + xs[3]) * (h / 6)
+
+            return q + mean(stages), v + mean(rates), forces
+
+        integrate = runge_kutta if m.opt.integrator == INTEGRATOR.mjINT_RK4 else euler
+
+        def substep(_, state):
+            q, v = (np.array([Traced(x) for x in part], object) for part in state[:2])
+            return tuple(tuple(jnp.asarray(unwrap(x, dtype)) for x in part) for part in integrate(q, v))
+
+        state = tuple(tuple(x.x for x in scalars(array, dtype)) for array in (qpos, qvel))
+        state += ((jnp.zeros((), dtype),) * len(touch),)
+        state = substep(0, state) if substeps == 1 else lax.fori_loop(0, substeps, substep, state)
+        return tuple(jnp.stack(part) if part else jnp.zeros(0, dtype) for part in state)
+
+    return step
+
+
+def actuation(m, ctrl, wrap_prm):
+    """Generalised forces (nv,) of motors at joints and fixed tendons: constant during a control step."""
+    tau = zeros(m.nv)
+    for i in range(m.nu):
+        u = ctrl[i]
+        if m.actuator_ctrllimited[i] and not disabled(m, "CLAMPCTRL"):
+            u = clip(u, *map(float, m.actuator_ctrlrange[i]))
+        force = u * float(m.actuator_gainprm[i, 0])
+        if m.actuator_forcelimited[i]:
+            force = clip(force, *map(float, m.actuator_forcerange[i]))
+        force, target = force * float(m.actuator_gear[i, 0]), m.actuator_trnid[i, 0]
+        if m.actuator_trntype[i] == mujoco.mjtTrn.mjTRN_JOINT:
+            moment = {m.jnt_dofadr[target]: 1.0}
+        else:
+            _, moment = tendon(m, None, [0.0] * m.nq, target, wrap_prm)
+        for d, c in moment.items():
+            tau[d] = tau[d] + force * c
+    return tau
+
+
+class Kinematics(NamedTuple):
+    xpos: jax.Array       # (nbody, 3) body origins, world frame, metres
+    xmat: jax.Array       # (nbody, 3, 3) body orientations
+    geom_xpos: jax.Array  # (ngeom, 3)
+    site_xpos: jax.Array  # (nsite, 3)
+
+
+def make_kinematics(model):
+    """Forward kinematics of `model`.
+
+    Args:
+      model: compiled `mujoco.MjModel`.
+
+    Returns:
+      kinematics(qpos (nq,)) -> `Kinematics`, in the dtype of `qpos`; outputs that are not used cost nothing.
+
+    Raises:
+      NotImplementedError: ball or free joints.
+    """
+    m = model
+    check_joints(m)
+
+    def kinematics(qpos):
+        dtype = qpos.dtype
+        tree = forward_tree(m, scalars(qpos, dtype))
+
+        def stack(values, *shape):
+            entries = [jnp.asarray(unwrap(x, dtype), dtype) for x in np.ravel(values)]
+            return jnp.stack(entries or [jnp.zeros(0)]).reshape(shape)
+
+        geoms = [tree.pos[b] + tree.mat[b] @ const(p) for b, p in zip(m.geom_bodyid, m.geom_pos)]
+        sites = [site_position(m, tree, s) for s in range(m.nsite)]
+        return Kinematics(stack(tree.pos, m.nbody, 3), stack(tree.mat, m.nbody, 3, 3),
+                          stack(geoms, m.ngeom, 3), stack(sites, m.nsite, 3))
+
+    return kinematics
+
+
+def make_min_distance(model):
+    """Whether anything touches, and how deep.
+
+    Args:
+      model: compiled `mujoco.MjModel`.
+
+    Returns:
+      min_distance(qpos (nq,)) -> () metres, in the dtype of `qpos`: the smallest distance, less margin, of the geom
+      pairs that can collide; infinite when there are none. MuJoCo's `ncon == 0` is `min_distance >= 0`.
+
+    Raises:
+      NotImplementedError: as make_step.
+    """
+    m = model
+    check_joints(m)
+    pairs = contact_pairs(m)
+    check_contacts(m, pairs)
+
+    def min_distance(qpos):
+        tree, smallest = forward_tree(m, scalars(qpos, qpos.dtype)), math.inf
+        for g1, g2 in pairs:
+            margin = contact_parameters(m, g1, g2)[3]
+            for distance, _, _ in contact_geometry(m, tree, g1, g2):
+                smallest = minimum(smallest, distance - margin)
+        return jnp.asarray(unwrap(smallest, qpos.dtype), qpos.dtype)
+
+    return min_distance
+
+
+# ---------------------------------------------------------------------------------------------------------
+# MJX backend: MuJoCo's own JAX port, behind the same interface
+# ---------------------------------------------------------------------------------------------------------
+def make_mjx_step(model, substeps):
+    """`make_step` on MuJoCo's JAX port, with the same options (less the energy flag, which it refuses)."""
+    from mujoco import mjx
+    model = copy.copy(model)
+    model.opt.enableflags &= ~int(mujoco.mjtEnableBit.mjENBL_ENERGY)
+    m = mjx.put_model(model)
+    adr = model.sensor_adr[model.sensor_type == mujoco.mjtSensor.mjSENS_TOUCH]
+    blank = mjx.make_data(model)
+
+    @jax.jit
+    def step(qpos, qvel, ctrl, wrap_prm=None):
+        dtype = qpos.dtype
+        d = jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, blank)
+        d = d.replace(qpos=qpos, qvel=qvel.astype(dtype), ctrl=ctrl.astype(dtype))
+        if wrap_prm is not None:  # MJX wants it known when tracing: turn the motors' forces into applied ones
+            tau = actuation(model, scalars(ctrl, dtype), scalars(wrap_prm, dtype))
+            tau = jnp.stack([jnp.asarray(unwrap(x, dtype), dtype) for x in tau])
+            d = d.replace(ctrl=jnp.zeros_like(d.ctrl), qfrc_applied=tau)
+        d = lax.fori_loop(0, substeps, lambda _, d: mjx.step(m, d), d)
+        return d.qpos, d.qvel, d.sensordata[adr]
+
+    return step
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Refusals
+# ---------------------------------------------------------------------------------------------------------
 def refuse(m, feature, kind=None, index=0):
     name = kind and mujoco.mj_id2name(m, getattr(mujoco.mjtObj, f"mjOBJ_{kind.upper()}"), int(index))
     element = f" ({kind} {repr(name) if name else int(index)})" if kind else ""
@@ -853,186 +1075,3 @@ def check_contacts(m, pairs):
             refuse(m, "contact normals outside the x-z plane", "geom", g2)
         if contact_parameters(m, g1, g2)[0] < 1e-5:
             refuse(m, "contacts without friction", "geom", g1)
-
-
-# -------------------------------------------------------------------------------------- public API
-
-def make_step(model, substeps=1, backend="fused"):
-    """Compile `model` into one control step.
-
-    Args:
-      model: compiled `mujoco.MjModel`; its constants are read now, later changes to it are not seen.
-      substeps: physics steps of `model.opt.timestep` seconds in a control step.
-      backend: "fused" (this file) or "mjx" (MuJoCo's JAX port: slower, covers more models).
-
-    Returns:
-      step(qpos (nq,), qvel (nv,), ctrl (nu,), wrap_prm=None) -> (qpos (nq,), qvel (nv,), touch (ntouch,)), in
-      the dtype of `qpos` (float32, or float64 under x64), jitted and unbatched: use `jax.vmap`. `ctrl` is
-      clipped to its range as MuJoCo does. `touch` are the normal forces (newtons) of the touch sensors in
-      model order, as dm_control shows them after `Physics.step`: those of the last substep, before it is
-      integrated. `wrap_prm` (nwrap,) replaces `model.wrap_prm` (coefficients of fixed tendons; with "mjx"
-      only what motors at these tendons do changes).
-
-    Raises:
-      NotImplementedError: names the feature and the element that the fused step lacks.
-      ValueError: unknown backend.
-    """
-    if backend == "mjx":
-        return make_mjx_step(model, substeps)
-    if backend != "fused":
-        raise ValueError(f'backend must be "fused" or "mjx", not {backend!r}')
-    m = model
-    check(m)
-    touch = m.sensor_objid[m.sensor_type == mujoco.mjtSensor.mjSENS_TOUCH]
-    pairs = merge_copies(m, contact_pairs(m), touch)
-    h = float(m.opt.timestep)
-
-    @jax.jit
-    def step(qpos, qvel, ctrl, wrap_prm=None):
-        dtype = qpos.dtype
-        wraps = const(m.wrap_prm) if wrap_prm is None else scalars(wrap_prm, dtype)
-        tau = actuation(m, scalars(ctrl, dtype), wraps)
-
-        def forward(q, v):
-            """Constrained acceleration (nv,), mass matrix (nv, nv) and touch forces."""
-            tree = forward_tree(m, q, v)
-            M, bias = inertia_and_bias(m, tree)
-            force = [tau[d] - bias[d] - float(m.dof_damping[d]) * v[d] for d in range(m.nv)]
-            for j in np.flatnonzero(m.jnt_stiffness):
-                d, i = m.jnt_dofadr[j], m.jnt_qposadr[j]
-                force[d] = force[d] - float(m.jnt_stiffness[j]) * (q[i] - float(m.qpos_spring[i]))
-            M, force = settle(M), settle(force)
-            a = solve(factor(M), force)
-            forces = [0.0] * len(touch)
-            if not off(m, "CONSTRAINT"):
-                contacts = contact_rows(m, tree, v, pairs, touch)
-                a = constrain(M, a, scalar_rows(m, tree, q, v, wraps) + contacts, dtype)
-                for contact, y in ((c, group.coordinates(a)) for group in contacts for c in group.members):
-                    for k, inside in contact.zone.items():
-                        normal = -contact.gradient(residual(contact, y))[0]
-                        forces[k] = forces[k] + where(inside, normal, 0.0)
-            return a, M, forces
-
-        def euler(q, v):
-            a, M, forces = forward(q, v)
-            if m.dof_damping.any():
-                a = solve(factor(M + const(np.diag(h * m.dof_damping))), M @ a)
-            v = v + a * h
-            return q + v * h, v, forces
-
-        def runge_kutta(q, v):
-            a, _, forces = forward(q, v)
-            stages, rates = [v], [a]
-            for c in (0.5, 0.5, 1.0):
-                stages.append(v + rates[-1] * (c * h))
-                rates.append(forward(q + stages[-2] * (c * h), stages[-1])[0])
-            mean = lambda xs: (xs[0] + 2.0 * xs[1] + 2.0 * xs[2] + xs[3]) * (h / 6)
-            return q + mean(stages), v + mean(rates), forces
-
-        integrate = runge_kutta if m.opt.integrator == INTEGRATOR.mjINT_RK4 else euler
-
-        def substep(_, state):
-            q, v = (np.array([Num(x) for x in part], object) for part in state[:2])
-            return tuple(tuple(jnp.asarray(raw(x, dtype)) for x in part) for part in integrate(q, v))
-
-        state = tuple(tuple(x.x for x in scalars(array, dtype)) for array in (qpos, qvel))
-        state += ((jnp.zeros((), dtype),) * len(touch),)
-        state = substep(0, state) if substeps == 1 else lax.fori_loop(0, substeps, substep, state)
-        return tuple(jnp.stack(part) if part else jnp.zeros(0, dtype) for part in state)
-
-    return step
-
-
-def actuation(m, ctrl, wrap_prm):
-    """Generalised forces (nv,) of motors at joints and fixed tendons: constant during a control step."""
-    tau = zeros(m.nv)
-    for i in range(m.nu):
-        u = ctrl[i]
-        if m.actuator_ctrllimited[i] and not off(m, "CLAMPCTRL"):
-            u = clip(u, *map(float, m.actuator_ctrlrange[i]))
-        force = u * float(m.actuator_gainprm[i, 0])
-        if m.actuator_forcelimited[i]:
-            force = clip(force, *map(float, m.actuator_forcerange[i]))
-        force, target = force * float(m.actuator_gear[i, 0]), m.actuator_trnid[i, 0]
-        if m.actuator_trntype[i] == mujoco.mjtTrn.mjTRN_JOINT:
-            moment = {m.jnt_dofadr[target]: 1.0}
-        else:
-            _, moment = tendon(m, None, [0.0] * m.nq, target, wrap_prm)
-        for d, c in moment.items():
-            tau[d] = tau[d] + force * c
-    return tau
-
-
-class Kinematics(NamedTuple):
-    xpos: jax.Array       # (nbody, 3) body origins, world frame, metres
-    xmat: jax.Array       # (nbody, 3, 3) body orientations
-    geom_xpos: jax.Array  # (ngeom, 3)
-    site_xpos: jax.Array  # (nsite, 3)
-
-
-def make_kinematics(model):
-    """kinematics(qpos (nq,)) -> `Kinematics`, in the dtype of `qpos`; outputs that are not used cost nothing.
-
-    Raises NotImplementedError for ball and free joints.
-    """
-    m = model
-    check_joints(m)
-
-    def kinematics(qpos):
-        dtype = qpos.dtype
-        tree = forward_tree(m, scalars(qpos, dtype))
-        stack = lambda values, *shape: jnp.stack(
-            [jnp.asarray(raw(x, dtype), dtype) for x in np.ravel(values)] or [jnp.zeros(0)]).reshape(shape)
-        geoms = [tree.pos[b] + tree.mat[b] @ const(p) for b, p in zip(m.geom_bodyid, m.geom_pos)]
-        sites = [point(m, tree, s) for s in range(m.nsite)]
-        return Kinematics(stack(tree.pos, m.nbody, 3), stack(tree.mat, m.nbody, 3, 3),
-                          stack(geoms, m.ngeom, 3), stack(sites, m.nsite, 3))
-
-    return kinematics
-
-
-def make_min_distance(model):
-    """min_distance(qpos (nq,)) -> () metres: smallest distance, less margin, of the pairs that can collide.
-
-    MuJoCo's `ncon == 0` is `min_distance >= 0`; infinite when no pair can collide. Raises as `make_step`.
-    """
-    m = model
-    check_joints(m)
-    pairs = contact_pairs(m)
-    check_contacts(m, pairs)
-
-    def min_distance(qpos):
-        tree, smallest = forward_tree(m, scalars(qpos, qpos.dtype)), math.inf
-        for g1, g2 in pairs:
-            margin = contact_parameters(m, g1, g2)[3]
-            for distance, _, _ in proximity(m, tree, g1, g2):
-                smallest = minimum(smallest, distance - margin)
-        return jnp.asarray(raw(smallest, qpos.dtype), qpos.dtype)
-
-    return min_distance
-
-
-def make_mjx_step(model, substeps):
-    """`make_step` on MuJoCo's JAX port, with the same options (less the energy flag, which it refuses)."""
-    import copy
-
-    from mujoco import mjx
-    model = copy.copy(model)
-    model.opt.enableflags &= ~int(mujoco.mjtEnableBit.mjENBL_ENERGY)
-    m = mjx.put_model(model)
-    adr = model.sensor_adr[model.sensor_type == mujoco.mjtSensor.mjSENS_TOUCH]
-    blank = mjx.make_data(model)
-
-    @jax.jit
-    def step(qpos, qvel, ctrl, wrap_prm=None):
-        dtype = qpos.dtype
-        d = jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, blank)
-        d = d.replace(qpos=qpos, qvel=qvel.astype(dtype), ctrl=ctrl.astype(dtype))
-        if wrap_prm is not None:  # MJX wants it known when tracing: turn the motors' forces into applied ones
-            tau = actuation(model, scalars(ctrl, dtype), scalars(wrap_prm, dtype))
-            tau = jnp.stack([jnp.asarray(raw(x, dtype), dtype) for x in tau])
-            d = d.replace(ctrl=jnp.zeros_like(d.ctrl), qfrc_applied=tau)
-        d = lax.fori_loop(0, substeps, lambda _, d: mjx.step(m, d), d)
-        return d.qpos, d.qvel, d.sensordata[adr]
-
-    return step

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import mujoco
 import numpy as np
 
-import envs
+import dmc
 
 TEMPLATE = Path(__file__).resolve().parent / "replay.html"
 
@@ -125,7 +125,7 @@ def rounded(x, digits=4):
 def write(data, path):
     """Write the page for `data` (evaluate.record) to `path`. States become poses in the task's plane."""
     task, domain = data["task"], data["task"].split("-")[0]
-    scene, model = SCENES[domain], mujoco.MjModel.from_xml_string(envs.TASKS[data["task"]].model)
+    scene, model = SCENES[domain], mujoco.MjModel.from_xml_string(dmc.TASKS[data["task"]].model)
     sides = [side | {
         "pose": rounded(poses(model, side["qpos"], scene.axes).reshape(len(side["qpos"]), -1)), "qpos": None,
         "reward": rounded(side["reward"]), "sees": rounded(side["sees"], 3), "acts": rounded(side["acts"], 3),
@@ -133,11 +133,11 @@ def write(data, path):
         "target": None if side["target"] is None else rounded(side["target"] + TARGETS[task][0])}
         for side in data["sides"]]
     page = data | {
-        "seconds": model.opt.timestep * envs.TASKS[task].substeps * data["action_repeat"],
+        "seconds": model.opt.timestep * dmc.TASKS[task].substeps * data["action_repeat"],
         "axes": ["xyz"[a] for a in scene.axes], "view": scene.view, "bodies": shapes(model, scene), "string": string(model, scene),
         "target_radius": TARGETS[task][1] if task in TARGETS else 0,
         "ctrl_names": [model.actuator(i).name for i in range(model.nu)],
-        "obs_names": scene.obs[:envs.TASKS[task].obs_dim], "obs_matrix": rounded(data["obs_matrix"], 3),
+        "obs_names": scene.obs[:dmc.TASKS[task].obs_dim], "obs_matrix": rounded(data["obs_matrix"], 3),
         "act_matrix": rounded(data["act_matrix"], 3), "sides": sides}
     text = json.dumps(page, separators=(",", ":"), allow_nan=False).replace("</", "<\\/")
     path.write_text(TEMPLATE.read_text().replace("/*REPLAY*/null", text))

@@ -377,7 +377,7 @@ def make_lanes(config, **changes):
     arguments = dict(
         tasks=config.env, num_lanes=config.num_lanes, projection=config.resolved_projection,
         obs_size=config.obs_size, action_size=config.action_size, episodes_per_trial=config.episodes_per_trial,
-        action_repeat=config.action_repeat, delta=config.delta, backend=config.backend,
+        action_repeat=config.action_repeat, observe_change=config.delta, backend=config.backend,
         env_kwargs=parse_env_kwargs(config.env_kwargs))
     return envs.Lanes(**(arguments | changes))
 
@@ -523,7 +523,7 @@ def make_train(config):
         whole = step.episode_end & step.episode_complete
         by_task = lambda x: x.reshape(T, tasks, -1).sum((0, 2))  # noqa: E731
         length = lanes.trial_length or T
-        curve_bin = jnp.clip(step.time * CURVE_BINS // length, 0, CURVE_BINS - 1)
+        curve_bin = jnp.clip(step.trial_step * CURVE_BINS // length, 0, CURVE_BINS - 1)
         index = jnp.asarray(lanes.lane_task) * CURVE_BINS + curve_bin
         totals = [jax.ops.segment_sum(x.ravel(), index.ravel(), tasks * CURVE_BINS).reshape(tasks, CURVE_BINS)
                   for x in (step.reward / config.action_repeat, jnp.ones_like(step.reward))]

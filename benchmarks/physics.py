@@ -21,19 +21,19 @@ import importlib.util
 import os
 from pathlib import Path
 
-from common import RESULTS, Table, compile_program, plot_into, seconds  # first: it finds the project
-
 import jax
 import jax.numpy as jnp
 import mujoco
 import mujoco.rollout
 import numpy as np
+from common import RESULTS, Table, compile_program, plot_into, seconds  # first: it finds the project
 
+import dmc
 import envs
 import physics
 
 STATES, ACTIONS_BEFORE = 64, 50  # of the error
-PLAYGROUND = {task: task.replace("-", "_").title().replace("_", "") for task in envs.TASKS} | {
+PLAYGROUND = {task: task.replace("-", "_").title().replace("_", "") for task in dmc.TASKS} | {
     "ball_in_cup-catch": "BallInCup", "point_mass-easy": "PointMass"}  # registered names
 
 
@@ -46,7 +46,7 @@ def scanned(step, state, actions, repeats):
 
 def lanes_speed(tasks, batch, backend, steps, repeats):
     """(environment steps per second, compile seconds) of `steps` steps on `batch` lanes."""
-    lanes = envs.Lanes(tasks, batch, delta=True, backend=backend)
+    lanes = envs.Lanes(tasks, batch, observe_change=True, backend=backend)
     state, _ = jax.jit(lanes.reset)(jax.random.PRNGKey(0))
 
     def step(state, x):
@@ -116,7 +116,7 @@ def errors(model, substeps, start, backends):
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", default=list(envs.TASKS),
+    parser.add_argument("--tasks", nargs="+", default=list(dmc.TASKS),
                         help="task names; those joined by + share lanes")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32, 512, 8192])
     parser.add_argument("--mjx-batch", type=int, default=64, help="of MJX and playground (0: leave both out)")
@@ -141,8 +141,8 @@ def main():
 
         if alone:
             task = name.removeprefix("dmc:")
-            model = mujoco.MjModel.from_xml_string(envs.TASKS[task].model)
-            substeps = envs.TASKS[task].substeps
+            model = mujoco.MjModel.from_xml_string(dmc.TASKS[task].model)
+            substeps = dmc.TASKS[task].substeps
             backends = ("fused", "mjx") if options.mjx_batch else ("fused",)
             error = errors(model, substeps, starts(model, task, STATES), backends)
         for batch in options.batches:

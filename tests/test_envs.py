@@ -1,4 +1,4 @@
-"""Tests of envs.py: models, steps, rewards and starts against dm_control; adapters; projections; trials."""
+"""Tests of dmc.py (models, steps, rewards, starts against dm_control) and envs.py (adapters, projections, trials)."""
 import functools
 import os
 import subprocess
@@ -15,10 +15,11 @@ import mujoco
 import numpy as np
 import pytest
 
+import dmc
 import envs
 
 ROOT = Path(__file__).parent.parent
-TASKS = tuple(envs.TASKS)
+TASKS = tuple(dmc.TASKS)
 KEY = jax.random.PRNGKey(0)
 # most programs here run once: compile time is what counts
 quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -62,11 +63,10 @@ def names_of(model, kind):
 
 def element(model, kind, index):
     """{field: value} of one element, references to bodies by name."""
-    body = lambda i: mujoco.mj_id2name(model, mujoco.mjtObj.mjOBJ_BODY, i)  # noqa: E731
     out = {}
     for field in FIELDS[kind].split():
         if field in ("body", "parent", "weld"):
-            out[field] = body(getattr(model, f"{kind}_{field}id")[index])
+            out[field] = model.body(getattr(model, f"{kind}_{field}id")[index]).name
         else:
             out[field] = np.array(getattr(model, f"{kind}_{field}")[index])
     if kind == "jnt":
@@ -81,7 +81,7 @@ def test_model_equals_dm_control(task):
     """Every compiled field that physics reads: elements by name, joints and actuators also in order."""
     theirs_env = dm_env(task)
     theirs_env.reset()  # the spin task writes a damping at the first reset
-    theirs, ours = theirs_env.physics.model.ptr, envs.DMC(task).model
+    theirs, ours = theirs_env.physics.model.ptr, dmc.DMC(task).model
     contacts = not theirs.opt.disableflags & mujoco.mjtDisableBit.mjDSBL_CONTACT
     checked = 0
     for kind in FIELDS:
@@ -189,7 +189,7 @@ def our_step(task, data):
     state = {k: jnp.asarray(data[k]) for k in ("qpos", "qvel", "target", "wrap_prm") if k in data}
     count = len(data["obs"])
     touch = jnp.zeros((count, 2)) if task.startswith("finger") else None
-    state = envs.DMCState(**state, time=jnp.zeros(count, jnp.int32), touch=touch)
+    state = dmc.DMCState(**state, time=jnp.zeros(count, jnp.int32), touch=touch)
     step = quick(jax.vmap(env.step_env, (None, 0, 0, None)))
     obs, after, reward, terminated, _ = step(KEY, state, jnp.asarray(data["action"]), params)
     assert obs.dtype == reward.dtype == jnp.float32 and not terminated.any()
@@ -204,7 +204,7 @@ def test_step_equals_dm_control(task):
     two parallel capsules (a state in thousands), hence percentiles.
     """
     data = transitions(task)
-    assert data["obs"].shape[1] == envs.TASKS[task].obs_dim
+    assert data["obs"].shape[1] == dmc.TASKS[task].obs_dim
     assert data["reward"].std() > 0.01, "the transitions do not exercise the reward"
     if task.startswith("finger"):
         assert (data["obs"][:, 7:9] > 0.5).any(0).all(), "the transitions do not exercise touch"
@@ -319,8 +319,7 @@ def test_every_gymnax_name_has_lanes(name):
     assert inputs.shape == (4, lanes.input_size) and inputs.dtype == jnp.float32
     action = jnp.zeros(4, jnp.int32) if lanes.discrete else jnp.zeros((4, lanes.action_size))
     again, inputs, out = jax.eval_shape(lanes.step, state, action)
-    types = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
-    assert types(state) == types(again)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(lambda x: (x.shape, x.dtype), again)
     assert inputs.shape == out.final_input.shape == (4, lanes.input_size)
 
 
@@ -456,7 +455,7 @@ def test_projection_matrices(projection):
 
 def test_lane_is_the_projected_environment():
     """A lane's input and motion are those of the bare environment behind its two matrices."""
-    lanes = envs.Lanes(["point_mass-hard", "pendulum-swingup"], 6, delta=True)
+    lanes = envs.Lanes(["point_mass-hard", "pendulum-swingup"], 6, observe_change=True)
     assert lanes.input_size == 12 + 2 + 3 + 12 and lanes.action_size == 2 and not lanes.discrete
     np.testing.assert_array_equal(lanes.lane_task, [0, 0, 0, 1, 1, 1])
     state, inputs = quick(lanes.reset)(KEY)
@@ -518,16 +517,19 @@ def test_action_repeat(tasks, steps):
 
 def test_trials_of_several_episodes():
     """Flags, clocks, returns, what carries over and what is drawn anew: trials of 3 episodes of 6 steps."""
-    lanes = envs.Lanes(["reacher-easy"], 5, episodes_per_trial=3, stagger=False, delta=True,
+    lanes = envs.Lanes(["reacher-easy"], 5, episodes_per_trial=3, stagger=False, observe_change=True,
                        env_kwargs={"max_steps_in_episode": 6})
     assert lanes.trial_length == 18 and lanes.max_episode_steps == 6 and lanes.refresh_every == 3
     _, out = rollout(lanes, 54)
     t = np.arange(54)
-    every = lambda x: np.repeat(x[:, None], 5, 1)  # noqa: E731
+
+    def every(x):
+        return np.repeat(x[:, None], 5, 1)
+
     np.testing.assert_array_equal(out["episode_end"], every(t % 6 == 5))
     np.testing.assert_array_equal(out["truncated"], every(t % 6 == 5))
     np.testing.assert_array_equal(out["trial_end"], every(t % 18 == 17))
-    np.testing.assert_array_equal(out["time"], every(t % 18))
+    np.testing.assert_array_equal(out["trial_step"], every(t % 18))
     assert not out["terminated"].any() and not out["diverged"].any() and out["episode_complete"].all()
     inputs, action = out["input"], out["action"]
     np.testing.assert_array_equal(inputs[..., 15], every(t % 6 == 0))
@@ -582,19 +584,19 @@ def test_stagger():
     lane = np.arange(400)
     np.testing.assert_array_equal(out["episode_complete"][first, lane], first == 39)
     assert out["episode_complete"][second, lane].all()
-    np.testing.assert_array_equal(out["time"][first, lane], first)  # counts what the agent has lived
-    np.testing.assert_array_equal(out["time"][second, lane], 39)
+    np.testing.assert_array_equal(out["trial_step"][first, lane], first)  # counts what the agent has lived
+    np.testing.assert_array_equal(out["trial_step"][second, lane], 39)
     assert out["qpos"][0].std() > 1.5  # not settled, as after time really spent
     trial = envs.Lanes(["pendulum-swingup"], 3000, episodes_per_trial=3,
                        env_kwargs={"max_steps_in_episode": 10})
     state = quick(trial.reset)(KEY)[0]  # here the trial's clock is random, not only the episode's
-    counts = np.bincount(10 * np.array(state.episode) + np.array(state.clock), minlength=30)
+    counts = np.bincount(10 * np.array(state.episode) + np.array(state.episode_step), minlength=30)
     assert len(counts) == 30 and counts.min() > 50 and counts.max() < 150
 
 
 @functools.cache
 def divergence_lanes():
-    lanes = envs.Lanes(["reacher-easy", "cartpole-swingup"], 8, stagger=False, delta=True)
+    lanes = envs.Lanes(["reacher-easy", "cartpole-swingup"], 8, stagger=False, observe_change=True)
     return quick(lanes.reset)(KEY), quick(lanes.step)
 
 

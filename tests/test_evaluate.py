@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 import scipy.stats
 
+import dmc
 import envs
 import evaluate
 import physics
@@ -327,10 +328,10 @@ def test_of_a_sweep_the_best_setting_is_evaluated(tmp_path, capsys):
 
 
 # -- replays ------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("task", envs.TASKS)
+@pytest.mark.parametrize("task", dmc.TASKS)
 def test_poses_and_shapes_equal_the_model(task):
     """Bodies as physics.py places them, outlines as C MuJoCo places the geoms, at random joint positions."""
-    model = mujoco.MjModel.from_xml_string(envs.TASKS[task].model)
+    model = mujoco.MjModel.from_xml_string(dmc.TASKS[task].model)
     scene = replay.SCENES[task.split("-")[0]]
     axes = list(scene.axes)
     qpos = np.random.default_rng(0).uniform(-1, 1, (4, model.nq))
@@ -371,7 +372,7 @@ def test_replay_page(run):
     assert path.stat().st_size < 3e6
     assert not re.search(r"https?:|//[a-z]+\.|src\s*=|<link|@import|url\(|fetch\(|XMLHttp|\bimport\b", text)
     page = json.loads(re.search(r"const R = (\{.*\});\n", text).group(1))
-    model = mujoco.MjModel.from_xml_string(envs.TASKS["reacher-easy"].model)
+    model = mujoco.MjModel.from_xml_string(dmc.TASKS["reacher-easy"].model)
     kinematics = jax.jit(jax.vmap(physics.make_kinematics(model)))
     assert [side["name"] for side in page["sides"]] == ["memory on", "memory reset at every step"]
     for side, recorded in zip(page["sides"], data["sides"]):
@@ -382,7 +383,7 @@ def test_replay_page(run):
         control = np.clip(recorded["acts"] @ data["act_matrix"].T, -1, 1)
         np.testing.assert_allclose(side["control"], control, atol=1e-3)
         # what was seen is what the recorded state looks like through the recorded matrix
-        env, state = envs.make("reacher-easy")[0], envs.DMCState(*[None] * 3)
+        env, state = envs.make("reacher-easy")[0], dmc.DMCState(*[None] * 3)
         velocity = np.diff(recorded["qpos"], axis=0) / 0.02  # one step later, semi-implicit Euler's velocity
         state = state.replace(qpos=recorded["qpos"][1:], qvel=velocity, target=recorded["target"][1:])
         obs = jax.vmap(lambda s, env=env: env.get_obs(s))(jax.tree.map(jnp.float32, state))
@@ -454,11 +455,12 @@ def test_refusals(run, gym_run, tmp_path, monkeypatch, capsys):
 
 
 def test_imports_run_one_way():
-    """trainer -> envs -> physics; evaluate finds the trainer by name; nothing is imported in a circle."""
+    """trainer -> envs -> dmc -> physics; evaluate finds the trainer by name; nothing is imported in a circle."""
     def imported(name):
         found = re.findall(r"^(?:import|from) (\w+)", (ROOT / f"{name}.py").read_text(), re.M)
         return {f for f in found if (ROOT / f"{f}.py").exists()}
 
-    assert imported("evaluate") == {"envs", "replay", "report"}
-    assert imported("report") == set() and imported("replay") == {"envs"}
+    assert imported("evaluate") == {"dmc", "envs", "replay", "report"}
+    assert imported("report") == set() and imported("replay") == {"dmc"}
+    assert imported("envs") == {"dmc"} and imported("dmc") == {"physics"} and imported("physics") == set()
     assert "evaluate" not in imported("train_s5") | imported("train_lstm")

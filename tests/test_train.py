@@ -51,9 +51,9 @@ def test_trainers_differ_in_memory_only():
     assert outside_memory("train_s5") == outside_memory("train_lstm") == outside_memory("train_transformer")
 
 
-@pytest.mark.parametrize("trainer,files", [("train_s5", ("s5.py", "envs.py", "physics.py")),
-                                           ("train_lstm", ("envs.py", "physics.py")),
-                                           ("train_transformer", ("envs.py", "physics.py"))])
+@pytest.mark.parametrize("trainer,files", [("train_s5", ("s5.py", "envs.py", "dmc.py", "physics.py")),
+                                           ("train_lstm", ("envs.py", "dmc.py", "physics.py")),
+                                           ("train_transformer", ("envs.py", "dmc.py", "physics.py"))])
 def test_runs_when_copied_alone(trainer, files, tmp_path):
     for name in (f"{trainer}.py", *files):
         shutil.copy(ROOT / name, tmp_path)

@@ -1,0 +1,466 @@
+"""DeepMind Control tasks in JAX: by domain the model, then start, observation and reward of its tasks.
+
+    env = DMC("finger-spin")                         # a gymnax 1.x environment; all names: TASKS
+    params = env.default_params
+    obs, state = env.reset(key, params)
+    obs, state, reward, terminated, truncated, info = env.step(key, state, action, params)
+
+The reference is dm_control itself (Tassa et al. 2018, arXiv 1801.00690; Apache-2.0): its masses and lengths in
+models of our own wording that hold the physics only, its control step, observation order, reward and distribution
+of initial states. It is not needed to run: with physics.py beside it this file wants jax, mujoco and gymnax.
+
+Units are metres, kilograms, seconds, newtons and radians; angles inside the models are degrees.
+"""
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import mujoco
+import numpy as np
+from flax import struct
+from gymnax.environments import environment, spaces
+
+import physics
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What the domains share
+# ---------------------------------------------------------------------------------------------------------
+@struct.dataclass
+class DMCState:
+    """State of one DMControl task. Fields that a task does not have are None (no leaf in the pytree)."""
+
+    qpos: jax.Array  # (nq,) metres, radians
+    qvel: jax.Array  # (nv,) per second
+    time: jax.Array  # () int32, control steps since the episode's start
+    touch: Any = None  # (2,) newtons (finger)
+    target: Any = None  # (2,) metres, in the plane (finger turn: from the hinge; reacher: from the shoulder)
+    wrap_prm: Any = None  # (4,) the two actuators' directions (point_mass hard)
+
+
+class Task(NamedTuple):
+    """What makes a DMControl task."""
+
+    model: str  # MJCF
+    substeps: int  # physics steps in a control step
+    obs_dim: int
+    start: Callable  # ((NUM_UNIFORM,) numbers in (0, 1), env) -> DMCState
+    observe: Callable  # (state) -> list of (k,) arrays, dm_control's observation in its order
+    reward: Callable  # (state after the step, ctrl as given) -> scalar
+
+
+def tolerance(x, lower=0.0, upper=0.0, margin=0.0, quadratic=False):
+    """1 where lower <= x <= upper, less the farther x is from there (dm_control utils/rewards.py).
+
+    Args:
+      x: float array of any shape.
+      lower: smallest value that earns 1.
+      upper: largest value that earns 1.
+      margin: distance, in units of x, in which the value falls to 0.1; 0 makes it a step.
+      quadratic: fall as a parabola that is 0 from the margin on, not as a Gaussian.
+
+    Returns:
+      An array like x, in [0, 1].
+    """
+    distance = jnp.maximum(lower - x, x - upper)
+    if margin == 0.0:
+        return (distance <= 0).astype(x.dtype)
+    distance = jnp.maximum(distance, 0.0) / margin
+    return jnp.maximum(1 - distance**2, 0.0) if quadratic else jnp.exp(math.log(0.1) * distance**2)
+
+
+def direction(angle):
+    """(2,) unit vector (sin, cos): dm_control counts target angles from the second axis."""
+    return jnp.stack([jnp.sin(angle), jnp.cos(angle)])
+
+
+# Every start is a function of NUM_UNIFORM uniform random numbers in (0, 1), because one draw of many numbers
+# compiles far faster than many draws of a few. The first four are for targets and the like.
+CANDIDATES = 20
+NUM_UNIFORM = 4 + 3 * CANDIDATES
+
+
+def between(u, low, high):
+    """Uniform random numbers in (low, high) from such in (0, 1)."""
+    return low + (high - low) * u
+
+
+def random_joints(u, model):
+    """Joint positions, uniform within limits and in [-pi, pi] without (suite/utils/randomizers.py)."""
+    low, high = np.where(model.jnt_limited[:, None], model.jnt_range, [-np.pi, np.pi]).T
+    return between(u[4:4 + model.nq], low, high)
+
+
+def first_free(qpos, min_distance):
+    """The first of CANDIDATES positions (., nq) in which nothing touches: rejection sampling without a loop.
+
+    One candidate touches with probability 0.10 (finger) or 0.18 (ball_in_cup), all with less than 1e-14.
+    """
+    return qpos[jnp.argmax(jax.vmap(min_distance)(qpos) >= 0)]
+
+
+def positions(s):
+    """The observation of tasks that show positions and velocities as they are."""
+    return [s.qpos, s.qvel]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# ball_in_cup (dm_control suite/ball_in_cup.py)
+# ---------------------------------------------------------------------------------------------------------
+BALL_IN_CUP = """<mujoco>
+  <default>
+    <default class="cup">
+      <joint type="slide" stiffness="20" damping="3"/>
+      <geom type="capsule" size=".008"/>
+    </default>
+    <motor gear="5" ctrlrange="-1 1"/>
+  </default>
+  <worldbody>
+    <geom name="ground" type="plane" size=".6 .2 10"/>
+    <body name="cup" pos="0 0 .6">
+      <joint name="cup_x" class="cup" axis="1 0 0"/>
+      <joint name="cup_z" class="cup" axis="0 0 1"/>
+      <geom name="cup_part_0" class="cup" fromto="-.05 0 0  -.05 0 -.075"/>
+      <geom name="cup_part_1" class="cup" fromto="-.05 0 -.075  -.025 0 -.1"/>
+      <geom name="cup_part_2" class="cup" fromto="-.025 0 -.1  .025 0 -.1"/>
+      <geom name="cup_part_3" class="cup" fromto=".025 0 -.1  .05 0 -.075"/>
+      <geom name="cup_part_4" class="cup" fromto=".05 0 -.075  .05 0 0"/>
+      <site name="cup" pos="0 0 -.108"/>
+    </body>
+    <body name="ball" pos="0 0 .2">
+      <joint name="ball_x" type="slide" axis="1 0 0"/>
+      <joint name="ball_z" type="slide" axis="0 0 1"/>
+      <geom name="ball" size=".025"/>
+      <site name="ball"/>
+    </body>
+  </worldbody>
+  <tendon>
+    <spatial name="string" limited="true" range="0 .3"><site site="ball"/><site site="cup"/></spatial>
+  </tendon>
+  <actuator><motor name="x" joint="cup_x"/><motor name="z" joint="cup_z"/></actuator>
+</mujoco>"""
+
+
+def cup_start(u, env):
+    ball = u[4:4 + 2 * CANDIDATES].reshape(CANDIDATES, 2)
+    ball = between(ball, jnp.array([-0.2, 0.2]), jnp.array([0.2, 0.5]))
+    return DMCState(first_free(jnp.pad(ball, ((0, 0), (2, 0))), env.min_distance), jnp.zeros(4), 0)
+
+
+def cup_reward(s, ctrl):
+    """1 while the ball is inside the cup."""
+    cup = s.qpos[:2] + jnp.array([0, 0.55])  # the centre of its inner square
+    ball = s.qpos[2:] + jnp.array([0, 0.2])
+    return (jnp.abs(cup - ball) < 0.05 - 0.025).all()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# cartpole (dm_control suite/cartpole.py)
+# ---------------------------------------------------------------------------------------------------------
+CARTPOLE = """<mujoco>
+  <option timestep=".01" integrator="RK4"><flag contact="disable"/></option>
+  <worldbody>
+    <body name="cart" pos="0 0 1">
+      <joint name="slider" type="slide" axis="1 0 0" range="-1.8 1.8" solreflimit=".08 1" damping="5e-4"/>
+      <geom name="cart" type="box" size=".2 .15 .1" mass="1"/>
+      <body name="pole_1">
+        <joint name="hinge_1" axis="0 1 0" damping="2e-6"/>
+        <geom name="pole_1" type="capsule" fromto="0 0 0  0 0 1" size=".045" mass=".1"/>
+      </body>
+    </body>
+  </worldbody>
+  <actuator><motor name="slide" joint="slider" gear="10" ctrlrange="-1 1"/></actuator>
+</mujoco>"""
+
+
+def cartpole_start(u, env, swingup):
+    """The cart near the middle, the pole hanging (swingup) or upright, and both nearly still."""
+    normal = jax.scipy.special.ndtri(u[:4])
+    if swingup:
+        qpos = jnp.array([0, jnp.pi]) + 0.01 * normal[:2]
+    else:
+        qpos = jnp.array([0.1, 0.034]) * between(u[:2], -1, 1)
+    return DMCState(qpos, 0.01 * normal[2:], 0)
+
+
+def cartpole_observe(s):
+    return [s.qpos[:1], jnp.cos(s.qpos[1:]), jnp.sin(s.qpos[1:]), s.qvel]
+
+
+def cartpole_reward(s, ctrl):
+    upright = (jnp.cos(s.qpos[1]) + 1) / 2
+    centred = (1 + tolerance(s.qpos[0], margin=2.0)) / 2
+    small_control = (4 + tolerance(ctrl[0], margin=1.0, quadratic=True)) / 5
+    small_velocity = (1 + tolerance(s.qvel[1], margin=5.0)) / 2
+    return upright * small_control * small_velocity * centred
+
+
+# ---------------------------------------------------------------------------------------------------------
+# finger (dm_control suite/finger.py)
+# ---------------------------------------------------------------------------------------------------------
+# The cylinders weigh but do not collide here: one is out of reach of the spinner, the other inside it. The
+# ground is out of the finger's reach. The hinge damping is .5, but .03 in the spin task.
+FINGER = """<mujoco>
+  <option timestep=".01" cone="elliptic" iterations="200"><flag gravity="disable"/></option>
+  <default>
+    <geom type="capsule" solimp="0 .9 .01"/>
+    <joint axis="0 -1 0"/>
+    <default class="weight"><geom contype="0" conaffinity="0"/></default>
+  </default>
+  <worldbody>
+    <body name="proximal" pos="-.2 0 .4">
+      <joint name="proximal" range="-110 110" ref="-90" damping="2.5"/>
+      <geom class="weight" type="cylinder" fromto="0 -.033 0  0 .033 0" size=".034"/>
+      <geom name="proximal" fromto="0 0 0  0 0 -.17" size=".03"/>
+      <body name="distal" pos="0 0 -.18">
+        <joint name="distal" range="-110 110" damping="2.5"/>
+        <geom class="weight" fromto="0 0 0  0 0 -.16" size=".028"/>
+        <geom name="fingertip" fromto="0 0 -.13  0 0 -.161" size=".03"/>
+        <site name="touchtop" type="ellipsoid" size=".025 .03 .025" pos=".01 0 -.17"/>
+        <site name="touchbottom" type="ellipsoid" size=".025 .03 .025" pos="-.01 0 -.17"/>
+      </body>
+    </body>
+    <body name="spinner" pos=".2 0 .4">
+      <joint name="hinge" frictionloss=".1" damping="HINGE_DAMPING"/>
+      <geom name="cap1" size=".04 .09" pos=".02 0 0"/>
+      <geom name="cap2" size=".04 .09" pos="-.02 0 0"/>
+      <geom class="weight" type="cylinder" fromto="0 -.045 0  0 .045 0" size=".02"/>
+    </body>
+  </worldbody>
+  <actuator>
+    <motor name="proximal" joint="proximal" gear="30" ctrlrange="-1 1"/>
+    <motor name="distal" joint="distal" gear="15" ctrlrange="-1 1"/>
+  </actuator>
+  <sensor><touch name="touchtop" site="touchtop"/><touch name="touchbottom" site="touchbottom"/></sensor>
+</mujoco>"""
+
+
+def finger_start(u, env, turn=False):
+    candidates = jnp.pad(u[4:].reshape(CANDIDATES, 3), ((0, 0), (4, 0)))
+    qpos = first_free(jax.vmap(lambda v: random_joints(v, env.model))(candidates), env.min_distance)
+    target = 0.13 * direction(between(u[0], -jnp.pi, jnp.pi)) if turn else None
+    return DMCState(qpos, jnp.zeros(3), 0, jnp.zeros(2), target)
+
+
+def finger_tip(s):
+    """(2,) the spinner's tip, from its hinge."""
+    return 0.13 * direction(s.qpos[2]) * jnp.array([-1, 1])
+
+
+def finger_distance(s, radius):
+    """Distance of the spinner's tip to the edge of the target, negative inside."""
+    return jnp.linalg.norm(s.target - finger_tip(s)) - radius
+
+
+def finger_observe(s, radius=None):
+    """Tip, touch and, in the turn tasks (which give the target's radius), the target."""
+    obs = [s.qpos[:2], finger_tip(s), s.qvel, jnp.log1p(s.touch)]
+    return obs if radius is None else obs + [s.target, finger_distance(s, radius)[None]]
+
+
+def spin_reward(s, ctrl):
+    """1 while the spinner turns at 15 rad/s or faster."""
+    return s.qvel[2] <= -15.0
+
+
+def turn_reward(s, ctrl, radius):
+    """1 while the spinner's tip is in the target."""
+    return finger_distance(s, radius) <= 0
+
+
+# ---------------------------------------------------------------------------------------------------------
+# pendulum (dm_control suite/pendulum.py)
+# ---------------------------------------------------------------------------------------------------------
+PENDULUM = """<mujoco>
+  <option timestep=".02"><flag contact="disable"/></option>
+  <worldbody>
+    <body name="pole" pos="0 0 .6">
+      <joint name="hinge" axis="0 1 0" damping=".1"/>
+      <geom name="mass" size=".05" pos="0 0 .5" mass="1"/>
+    </body>
+  </worldbody>
+  <actuator><motor name="torque" joint="hinge" ctrlrange="-1 1"/></actuator>
+</mujoco>"""
+
+
+def pendulum_start(u, env):
+    return DMCState(random_joints(u, env.model), jnp.zeros(1), 0)
+
+
+def pendulum_observe(s):
+    return [jnp.cos(s.qpos), jnp.sin(s.qpos), s.qvel]
+
+
+def pendulum_reward(s, ctrl):
+    """1 while the pole is within 8 degrees of upright."""
+    return jnp.cos(s.qpos[0]) >= math.cos(math.radians(8))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# point_mass (dm_control suite/point_mass.py)
+# ---------------------------------------------------------------------------------------------------------
+POINT_MASS = """<mujoco>
+  <option timestep=".02"><flag contact="disable"/></option>
+  <default><joint type="slide" range="-.29 .29" damping="1"/><motor gear=".1" ctrlrange="-1 1"/></default>
+  <worldbody>
+    <body name="pointmass" pos="0 0 .01">
+      <joint name="root_x" axis="1 0 0"/>
+      <joint name="root_y" axis="0 1 0"/>
+      <geom name="pointmass" size=".01" mass=".3"/>
+    </body>
+  </worldbody>
+  <tendon>
+    <fixed name="t1"><joint joint="root_x" coef="1"/><joint joint="root_y" coef="0"/></fixed>
+    <fixed name="t2"><joint joint="root_x" coef="0"/><joint joint="root_y" coef="1"/></fixed>
+  </tendon>
+  <actuator><motor name="t1" tendon="t1"/><motor name="t2" tendon="t2"/></actuator>
+</mujoco>"""
+
+
+def point_mass_start(u, env, hard=False):
+    """A random place; in the hard task also random directions for the two actuators.
+
+    The second is anything whose |cosine| with the first is at most 0.9, to either side.
+    """
+    wrap_prm = None
+    if hard:
+        near = math.acos(0.9)
+        first = between(u[0], 0, 2 * jnp.pi)
+        second = first + between(u[1], near, math.pi - near) * jnp.where(u[2] < 0.5, -1, 1)
+        wrap_prm = jnp.concatenate([direction(first), direction(second)])
+    return DMCState(random_joints(u, env.model), jnp.zeros(2), 0, wrap_prm=wrap_prm)
+
+
+def point_mass_reward(s, ctrl):
+    near_target = tolerance(jnp.linalg.norm(s.qpos), upper=0.015, margin=0.015)
+    return near_target * (4 + tolerance(ctrl, margin=1.0, quadratic=True).mean()) / 5
+
+
+# ---------------------------------------------------------------------------------------------------------
+# reacher (dm_control suite/reacher.py)
+# ---------------------------------------------------------------------------------------------------------
+REACHER = """<mujoco>
+  <option timestep=".02"><flag contact="disable"/></option>
+  <default><joint axis="0 0 1" damping=".01"/><geom size=".01"/><motor gear=".05" ctrlrange="-1 1"/></default>
+  <worldbody>
+    <body name="arm" pos="0 0 .01">
+      <joint name="shoulder"/>
+      <geom name="arm" type="capsule" fromto="0 0 0  .12 0 0"/>
+      <body name="hand" pos=".12 0 0">
+        <joint name="wrist" range="-160 160"/>
+        <geom name="hand" type="capsule" fromto="0 0 0  .1 0 0"/>
+        <body name="finger" pos=".12 0 0"><geom name="finger"/></body>
+      </body>
+    </body>
+  </worldbody>
+  <actuator><motor name="shoulder" joint="shoulder"/><motor name="wrist" joint="wrist"/></actuator>
+</mujoco>"""
+
+
+def reacher_start(u, env):
+    target = between(u[1], 0.05, 0.2) * direction(between(u[0], 0, 2 * jnp.pi))
+    return DMCState(random_joints(u, env.model), jnp.zeros(2), 0, target=target)
+
+
+def reacher_to_target(s):
+    """(2,) from finger to target."""
+    upper, lower = s.qpos[0], s.qpos[0] + s.qpos[1]  # angles of the two links, both 0.12 long
+    return s.target - 0.12 * jnp.stack([jnp.cos(upper) + jnp.cos(lower), jnp.sin(upper) + jnp.sin(lower)])
+
+
+def reacher_observe(s):
+    return [s.qpos, reacher_to_target(s), s.qvel]
+
+
+def reacher_reward(s, ctrl, radius):
+    """1 while the finger touches the target."""
+    return jnp.linalg.norm(reacher_to_target(s)) <= radius + 0.01  # of the target, of the finger
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The tasks
+# ---------------------------------------------------------------------------------------------------------
+def finger_turn(radius):
+    return Task(FINGER.replace("HINGE_DAMPING", ".5"), 2, 12, partial(finger_start, turn=True),
+                partial(finger_observe, radius=radius), partial(turn_reward, radius=radius))
+
+
+TASKS = {  # dm_control's "DOMAIN-TASK"
+    "ball_in_cup-catch": Task(BALL_IN_CUP, 10, 8, cup_start, positions, cup_reward),
+    "cartpole-balance": Task(
+        CARTPOLE, 1, 5, partial(cartpole_start, swingup=False), cartpole_observe, cartpole_reward),
+    "cartpole-swingup": Task(
+        CARTPOLE, 1, 5, partial(cartpole_start, swingup=True), cartpole_observe, cartpole_reward),
+    "finger-spin": Task(
+        FINGER.replace("HINGE_DAMPING", ".03"), 2, 9, finger_start, finger_observe, spin_reward),
+    "finger-turn_easy": finger_turn(0.07),
+    "finger-turn_hard": finger_turn(0.03),
+    "pendulum-swingup": Task(PENDULUM, 1, 3, pendulum_start, pendulum_observe, pendulum_reward),
+    "point_mass-easy": Task(POINT_MASS, 1, 4, point_mass_start, positions, point_mass_reward),
+    "point_mass-hard": Task(POINT_MASS, 1, 4, partial(point_mass_start, hard=True), positions, point_mass_reward),
+    "reacher-easy": Task(REACHER, 1, 6, reacher_start, reacher_observe, partial(reacher_reward, radius=0.05)),
+    "reacher-hard": Task(REACHER, 1, 6, reacher_start, reacher_observe, partial(reacher_reward, radius=0.015)),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# As environments with gymnax's interface
+# ---------------------------------------------------------------------------------------------------------
+@struct.dataclass
+class EnvParams(environment.EnvParams):
+    max_steps_in_episode: int = 1000
+
+
+class DMC(environment.Environment):
+    """A DMControl task; gymnax 1.x environment.
+
+    Observations are float32 (obs_dim,), dm_control's observation dictionary flattened in its order; rewards float32
+    in [0, 1]. Actions are float (act_dim,) in [-1, 1]; what lies outside is clipped by the actuators (as in MuJoCo)
+    but not in the reward (as in dm_control). An episode ends by time only, after 1000 steps.
+
+    Args:
+      task: a name in TASKS.
+      backend: "fused" or "mjx", see physics.make_step.
+    """
+
+    def __init__(self, task, backend="fused"):
+        super().__init__()
+        self.task = task
+        self.model = mujoco.MjModel.from_xml_string(TASKS[task].model)
+        self.physics_step = physics.make_step(self.model, TASKS[task].substeps, backend)
+        self.min_distance = physics.make_min_distance(self.model)
+
+    @property
+    def name(self):
+        return f"dmc:{self.task}"
+
+    @property
+    def default_params(self):
+        return EnvParams()
+
+    def get_obs(self, state, params=None, key=None):
+        return jnp.concatenate(TASKS[self.task].observe(state)).astype(jnp.float32)
+
+    def reset_env(self, key, params):
+        u = jax.random.uniform(key, (NUM_UNIFORM,), minval=1e-7)  # 0 would be an infinite normal variate
+        state = TASKS[self.task].start(u, self).replace(time=jnp.int32(0))
+        return self.get_obs(state), state
+
+    def step_env(self, key, state, action, params):
+        qpos, qvel, touch = self.physics_step(state.qpos, state.qvel, action, state.wrap_prm)
+        state = state.replace(qpos=qpos, qvel=qvel, time=state.time + 1,
+                              touch=None if state.touch is None else touch)
+        reward = TASKS[self.task].reward(state, action).astype(jnp.float32)
+        return self.get_obs(state), state, reward, jnp.array(False), {"discount": jnp.float32(1)}
+
+    def is_terminated(self, state, params):
+        return jnp.array(False)
+
+    def action_space(self, params=None):
+        return spaces.Box(-1.0, 1.0, (self.model.nu,), jnp.float32)
+
+    def observation_space(self, params=None):
+        return spaces.Box(-jnp.inf, jnp.inf, (TASKS[self.task].obs_dim,), jnp.float32)
