@@ -77,7 +77,8 @@ def play(name, policy, key=0, start=None, **changes):
     first, (states, actions, obs, reward, terminated, truncated) = jax.device_get(episode(jax.random.PRNGKey(key)))
     end = 1 + np.argmax(terminated | truncated)
     cut = lambda x: jax.tree.map(lambda y: y[:end], x)  # noqa: E731
-    return cut(states), cut(actions), np.concatenate([first[None], obs[:end]]), *cut((reward, terminated, truncated))
+    obs = np.concatenate([first[None], obs[:end]])
+    return cut(states), cut(actions), obs, *cut((reward, terminated, truncated))
 
 
 def physics(name, states):
@@ -175,7 +176,8 @@ def test_cards_pay_for_the_suit_of_k_cards_ago_and_the_deck_holds_every_suit_equ
     assert (reward[:k - 1] == 0).all()
     np.testing.assert_allclose(reward.sum(), 1, 1e-5)
     np.testing.assert_allclose(play(name, lambda state, u: 3 - state.last[0])[3].sum(), -1, 1e-5)
-    _, actions, suits, reward, _, _ = play(name, lambda state, u: (4 * u).astype(int))  # told from the observations alone
+    _, actions, suits, reward, _, _ = play(name, lambda state, u: (4 * u).astype(int))
+    # the pay, told from the observations alone
     right = actions[k - 1:] == suits[:len(suits) - k]
     assert np.array_equal(reward[k - 1:] > 0, right) and 0 < right.mean() < 0.6
 
@@ -194,7 +196,8 @@ def test_cards_are_shuffled():
     np.testing.assert_allclose((first == second).mean(), 12 / 51, atol=0.012)
 
 
-@pytest.mark.parametrize("name", ["StatelessCartPoleHard", "NoisyStatelessCartPoleHard", "NoisyStatelessPendulumEasy"])
+@pytest.mark.parametrize("name", [
+    "StatelessCartPoleHard", "NoisyStatelessCartPoleHard", "NoisyStatelessPendulumEasy"])
 def test_observations_are_positions_with_fresh_noise_clipped_to_their_space(name):
     env = popgym.TASKS[name]()
     params = env.default_params
