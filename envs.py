@@ -1,6 +1,6 @@
 """Environments by name, and `Lanes`, the batched in-context view of them: random projections, trials, resets.
 
-    env, params = make("dmc:finger-spin")            # also make("CartPole-v1"), make("brax:ant")
+    env, params = make("dmc:finger-spin")            # also "CartPole-v1", "popgym:RepeatPreviousHard", "brax:ant"
     obs, state = env.reset(key, params)              # gymnax 1.x interface throughout
     obs, state, reward, terminated, truncated, info = env.step(key, state, action, params)
 
@@ -9,8 +9,8 @@
     state, inputs, out = lanes.step(state, action, t)
 
 After Lu et al. 2023 (arXiv 2303.03982), an agent meets a task through *random linear projections* of observation
-and action, fresh ones in every trial: see Lanes. The DMControl tasks are in dmc.py; brax is wanted for brax tasks
-only.
+and action, fresh ones in every trial: see Lanes. The DMControl tasks are in dmc.py; popgym.py and brax are wanted for
+their tasks only.
 """
 import dataclasses
 import difflib
@@ -94,7 +94,7 @@ def make(name, backend="fused", **kwargs):
     """The environment called `name` and its default parameters, as gymnax.make.
 
     Args:
-      name: "dmc:finger-spin" ("dmc:" may be left out), any gymnax name, or "brax:ant".
+      name: "dmc:finger-spin" ("dmc:" may be left out), "popgym:RepeatPreviousHard", any gymnax name, or "brax:ant".
       backend: physics of DMControl ("fused", "mjx"); for brax, any but "fused" replaces brax's default.
       **kwargs: fields of the parameters (max_steps_in_episode, memory_length, ...), else arguments of the
         environment's constructor.
@@ -111,11 +111,17 @@ def make(name, backend="fused", **kwargs):
         import brax.envs
 
         known = [f"brax:{env}" for env in brax.envs._envs]
+    elif name.startswith("popgym:"):
+        import popgym
+
+        known = [f"popgym:{task}" for task in popgym.TASKS]
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or sorted(known)
         raise ValueError(f"unknown environment {name!r}; nearest: {', '.join(near)}")
     if is_dmc(name):
         build = partial(dmc.DMC, name.removeprefix("dmc:"), backend)
+    elif name.startswith("popgym:"):
+        build = popgym.TASKS[name.removeprefix("popgym:")]
     elif name.startswith("brax:"):
         build = partial(Brax, name.removeprefix("brax:"), **({} if backend == "fused" else {"backend": backend}))
     else:
@@ -171,7 +177,8 @@ class Start(NamedTuple):
     env: tuple  # per task: environment states, leading axis the task's lanes
     obs: jax.Array  # (N, largest obs_dim) raw observation, zero-padded
     obs_matrix: Any  # (N, obs_size, largest obs_dim), zero-padded; None without projection
-    act_matrix: Any  # (N, largest act_dim, action_size), zero-padded; None without projection
+    act_matrix: Any  # (N, largest act_dim, action_size), zero-padded; None without projection. If actions are
+    # discrete (N, action_size) int32: what each of the agent's actions is to the environment; None if just that
 
 
 @struct.dataclass
@@ -231,7 +238,8 @@ class Lanes:
     Lanes are split statically and equally among `tasks`, in contiguous blocks, and each task steps its own lanes
     only. A *trial* is `episodes_per_trial` episodes under one pair of projections, o' = Mo o and
     a = clip(Ma a', -1, 1), with Mo (obs_size, obs_dim) and Ma (act_dim, action_size) drawn independently, see
-    sample_matrix. Bounded action spaces other than [-1, 1] are scaled to. Discrete actions are never projected.
+    sample_matrix. Bounded action spaces other than [-1, 1] are scaled to. Discrete actions are relabelled instead: by a
+    permutation, uniform over all, drawn in each trial under every projection but "identity" and "none".
 
     The agent sees [o', previous a' as it gave it (one-hot if discrete), previous reward, episode-start flag,
     trial-start flag], and what `observe_change` adds. Action and reward carry over into the next episode of a trial
@@ -363,6 +371,8 @@ class Lanes:
             obs_matrix = self._matrices(obs_key, [self.obs_size] * len(self.tasks), self.obs_dims)
             if not self.discrete:
                 act_matrix = self._matrices(act_key, self.act_dims, [self.action_size] * len(self.tasks))
+            elif self.projection != "identity":
+                act_matrix = jnp.argsort(jax.random.uniform(act_key, (self.num_lanes, self.action_size)), -1)
         return Start(states, jnp.concatenate(obs), obs_matrix, act_matrix)
 
     def project_observation(self, obs_matrix, obs):
@@ -377,10 +387,10 @@ class Lanes:
 
     def _control(self, act_matrix, action):
         """The agent's actions as the environments take them, padded: (N, largest act_dim) or (N,) int."""
-        if self.discrete:
-            return action
         if act_matrix is None:
-            return jnp.clip(action, self.low, self.high)
+            return action if self.discrete else jnp.clip(action, self.low, self.high)
+        if self.discrete:
+            return jnp.take_along_axis(act_matrix, action[:, None], -1)[:, 0]
         action = jnp.clip(matvec(act_matrix, action), -1.0, 1.0)
         return 0.5 * (self.low + self.high) + 0.5 * (self.high - self.low) * action
 

@@ -14,9 +14,11 @@ import jax.numpy as jnp
 import mujoco
 import numpy as np
 import pytest
+from scipy.stats import chisquare
 
 import dmc
 import envs
+import popgym
 
 ROOT = Path(__file__).parent.parent
 TASKS = tuple(dmc.TASKS)
@@ -299,7 +301,8 @@ def test_make_names():
                                    "point_mass-hard", "reacher-hard")
     assert envs.make("dmc:reacher-easy")[0].name == envs.make("reacher-easy")[0].name == "dmc:reacher-easy"
     for wrong, nearest in (("finger_spin", "finger-spin"), ("dmc:reacher", "dmc:reacher-"),
-                           ("Cartpole-v1", "CartPole-v1"), ("walker-walk", "nearest")):
+                           ("Cartpole-v1", "CartPole-v1"), ("walker-walk", "nearest"),
+                           ("popgym:StatelessCartPole", "popgym:StatelessCartPoleHard")):
         with pytest.raises(ValueError, match=nearest):
             envs.make(wrong)
     with pytest.raises(TypeError, match="no_such"):
@@ -307,12 +310,14 @@ def test_make_names():
     with pytest.raises(TypeError, match="no_such"):
         envs.make("finger-spin", no_such=3)
     assert envs.make("finger-spin", max_steps_in_episode=7)[1].max_steps_in_episode == 7
+    assert envs.make("popgym:StatelessCartPoleHard", noise=0.2)[1].noise == 0.2
     env, params = envs.make("MemoryChain-bsuite", memory_length=9, num_bits=2)  # a parameter and an argument
     assert params.memory_length == 9 and env.num_bits == 2
 
 
-@pytest.mark.parametrize("name", [n for n in gymnax.registered_envs if not n.startswith("MNIST")])
-def test_every_gymnax_name_has_lanes(name):
+@pytest.mark.parametrize("name", [n for n in gymnax.registered_envs if not n.startswith("MNIST")]
+                         + [f"popgym:{task}" for task in popgym.TASKS if task.endswith("Hard")])
+def test_every_name_has_lanes(name):
     """Shapes and dtypes by abstract evaluation: the state can be scanned. (MNIST would need a data set.)"""
     lanes = envs.Lanes([name], 4, projection="none")
     state, inputs = jax.eval_shape(lanes.reset, KEY)
@@ -559,6 +564,40 @@ def test_trials_of_several_episodes():
     np.testing.assert_array_equal(inputs[::6][..., 17:], 0)
     change = np.diff(inputs[..., :12], axis=0)
     np.testing.assert_allclose(inputs[1:, :, 17:][within], change[within], atol=1e-6)
+
+
+def test_discrete_actions_are_relabelled_in_every_trial():
+    """A permutation, the same throughout a trial, uniform over trials, and what the environment is told."""
+    lanes = envs.Lanes(["popgym:RepeatPreviousEasy"], 24 * 40, "gaussian", obs_size=5, episodes_per_trial=2,
+                       stagger=False)
+    assert lanes.action_size == 4
+
+    @jax.jit
+    def run(key):
+        def step(state, t):
+            right = state.env[0].last[:, 0]  # the card to repeat
+            action = (state.act_matrix == right[:, None]).argmax(-1)
+            new, _, out = lanes.step(state, action, t)
+            return new, (state.act_matrix, out.reward)
+
+        return jax.lax.scan(step, lanes.reset(key)[0], jnp.arange(2 * 102))[1]
+
+    permutation, reward = jax.device_get(run(KEY))
+    trials = permutation.reshape(2, 102, -1, 4)
+    assert (trials == trials[:, :1]).all()
+    assert np.array_equal(np.sort(trials[:, 0]), np.broadcast_to(np.arange(4), trials[:, 0].shape))
+    labels, counts = np.unique(trials[:, 0].reshape(-1, 4), axis=0, return_counts=True)
+    assert len(labels) == 24 and chisquare(counts).pvalue > 1e-3  # 80 of each
+    same = (trials[0, 0] == trials[1, 0]).all(-1).mean()
+    assert same < 4 / 24  # 1/24 expected, four standard deviations are 0.026
+    assert (reward >= 0).all()
+    np.testing.assert_allclose(reward.sum(0), 4, rtol=1e-4)  # four perfect episodes
+
+
+@pytest.mark.parametrize("projection", ["identity", "none"])
+def test_discrete_actions_keep_their_meaning_without_projection(projection):
+    lanes = envs.Lanes(["popgym:RepeatPreviousEasy"], 8, projection)
+    assert jax.eval_shape(lanes.reset, KEY)[0].act_matrix is None
 
 
 def test_spares_are_fresh_in_short_rollouts():
