@@ -47,20 +47,22 @@ class Task(NamedTuple):
     model: str  # MJCF
     substeps: int  # physics steps in a control step
     obs_dim: int
-    start: Callable  # ((NUM_UNIFORM,) numbers in (0, 1), env) -> DMCState
+    start: Callable  # ((NUM_UNIFORM,) numbers in (0, 1), DMC) -> DMCState
     observe: Callable  # (state) -> list of (k,) arrays, dm_control's observation in its order
-    reward: Callable  # (state after the step, ctrl as given) -> scalar
+    reward: Callable  # (state after the step, ctrl as given, DMC) -> scalar
+    start_steps: int = 0  # physics steps of DMC.start_physics, which a start may call
 
 
-def tolerance(x, lower=0.0, upper=0.0, margin=0.0, quadratic=False):
+def tolerance(x, lower=0.0, upper=0.0, margin=0.0, sigmoid="gaussian", value_at_margin=0.1):
     """1 where lower <= x <= upper, less the farther x is from there (dm_control utils/rewards.py).
 
     Args:
       x: float array of any shape.
       lower: smallest value that earns 1.
       upper: largest value that earns 1.
-      margin: distance, in units of x, in which the value falls to 0.1; 0 makes it a step.
-      quadratic: fall as a parabola that is 0 from the margin on, not as a Gaussian.
+      margin: distance, in units of x, in which the value falls to value_at_margin; 0 makes it a step.
+      sigmoid: how it falls: "gaussian", or "linear" or "quadratic" down to 0.
+      value_at_margin: in [0, 1), over 0 for "gaussian".
 
     Returns:
       An array like x, in [0, 1].
@@ -69,7 +71,10 @@ def tolerance(x, lower=0.0, upper=0.0, margin=0.0, quadratic=False):
     if margin == 0.0:
         return (distance <= 0).astype(x.dtype)
     distance = jnp.maximum(distance, 0.0) / margin
-    return jnp.maximum(1 - distance**2, 0.0) if quadratic else jnp.exp(math.log(0.1) * distance**2)
+    if sigmoid == "gaussian":
+        return jnp.exp(math.log(value_at_margin) * distance**2)
+    power = {"linear": 1, "quadratic": 2}[sigmoid]
+    return jnp.maximum(1 - (1 - value_at_margin) * distance**power, 0.0)
 
 
 def direction(angle):
@@ -89,8 +94,12 @@ def between(u, low, high):
 
 
 def random_joints(u, model):
-    """Joint positions, uniform within limits and in [-pi, pi] without (suite/utils/randomizers.py)."""
-    low, high = np.where(model.jnt_limited[:, None], model.jnt_range, [-np.pi, np.pi]).T
+    """Joint positions: uniform within limits; hinges without limits in [-pi, pi], slides without at 0.
+
+    Source: dm_control suite/utils/randomizers.py.
+    """
+    turn = np.pi * (model.jnt_type == mujoco.mjtJoint.mjJNT_HINGE)
+    low, high = np.where(model.jnt_limited[:, None], model.jnt_range, np.stack([-turn, turn], 1)).T
     return between(u[4:4 + model.nq], low, high)
 
 
@@ -105,6 +114,42 @@ def first_free(qpos, min_distance):
 def positions(s):
     """The observation of tasks that show positions and velocities as they are."""
     return [s.qpos, s.qvel]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# acrobot (dm_control suite/acrobot.py)
+# ---------------------------------------------------------------------------------------------------------
+ACROBOT = """<mujoco>
+  <option timestep=".01" integrator="RK4"><flag constraint="disable"/></option>
+  <default><joint axis="0 1 0" damping=".05"/><geom type="capsule" fromto="0 0 0  0 0 1" mass="1"/></default>
+  <worldbody>
+    <body name="upper_arm" pos="0 0 2">
+      <joint name="shoulder"/>
+      <geom name="upper_arm" size=".05"/>
+      <body name="lower_arm" pos="0 0 1">
+        <joint name="elbow"/>
+        <geom name="lower_arm" size=".049"/>
+      </body>
+    </body>
+  </worldbody>
+  <actuator><motor name="elbow" joint="elbow" gear="2" ctrlrange="-1 1"/></actuator>
+</mujoco>"""
+
+
+def acrobot_start(u, env):
+    return DMCState(random_joints(u, env.model), jnp.zeros(2), 0)
+
+
+def acrobot_observe(s):
+    arms = jnp.cumsum(s.qpos)  # angles to the vertical
+    return [jnp.sin(arms), jnp.cos(arms), s.qvel]
+
+
+def acrobot_reward(s, ctrl, env, margin):
+    """1 while the tip is in a ball around the place that it reaches when both arms stand upright."""
+    arms = jnp.cumsum(s.qpos)
+    tip = jnp.stack([jnp.sin(arms).sum(), jnp.cos(arms).sum()])
+    return tolerance(jnp.linalg.norm(jnp.array([0, 2]) - tip), upper=0.2, margin=margin)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -150,7 +195,7 @@ def cup_start(u, env):
     return DMCState(first_free(jnp.pad(ball, ((0, 0), (2, 0))), env.min_distance), jnp.zeros(4), 0)
 
 
-def cup_reward(s, ctrl):
+def cup_reward(s, ctrl, env):
     """1 while the ball is inside the cup."""
     cup = s.qpos[:2] + jnp.array([0, 0.55])  # the centre of its inner square
     ball = s.qpos[2:] + jnp.array([0, 0.2])
@@ -160,16 +205,22 @@ def cup_reward(s, ctrl):
 # ---------------------------------------------------------------------------------------------------------
 # cartpole (dm_control suite/cartpole.py)
 # ---------------------------------------------------------------------------------------------------------
-CARTPOLE = """<mujoco>
+def cartpole_model(poles):
+    """A cart with a chain of `poles` poles."""
+    chain = ""
+    for n in range(poles, 0, -1):
+        chain = f"""<body name="pole_{n}" pos="0 0 {int(n > 1)}">
+        <joint name="hinge_{n}" axis="0 1 0" damping="2e-6"/>
+        <geom name="pole_{n}" type="capsule" fromto="0 0 0  0 0 1" size=".045" mass=".1"/>
+        {chain}
+      </body>"""
+    return f"""<mujoco>
   <option timestep=".01" integrator="RK4"><flag contact="disable"/></option>
   <worldbody>
     <body name="cart" pos="0 0 1">
       <joint name="slider" type="slide" axis="1 0 0" range="-1.8 1.8" solreflimit=".08 1" damping="5e-4"/>
       <geom name="cart" type="box" size=".2 .15 .1" mass="1"/>
-      <body name="pole_1">
-        <joint name="hinge_1" axis="0 1 0" damping="2e-6"/>
-        <geom name="pole_1" type="capsule" fromto="0 0 0  0 0 1" size=".045" mass=".1"/>
-      </body>
+      {chain}
     </body>
   </worldbody>
   <actuator><motor name="slide" joint="slider" gear="10" ctrlrange="-1 1"/></actuator>
@@ -177,25 +228,33 @@ CARTPOLE = """<mujoco>
 
 
 def cartpole_start(u, env, swingup):
-    """The cart near the middle, the pole hanging (swingup) or upright, and both nearly still."""
-    normal = jax.scipy.special.ndtri(u[:4])
+    """The cart near the middle, the first pole hanging (swingup) or all upright, and all nearly still."""
+    n = env.model.nq
+    normal = jax.scipy.special.ndtri(u[:2 * n])
     if swingup:
-        qpos = jnp.array([0, jnp.pi]) + 0.01 * normal[:2]
+        qpos = jnp.zeros(n).at[1].set(jnp.pi) + jnp.array([0.01, 0.01, 0.1, 0.1][:n]) * normal[:n]
     else:
-        qpos = jnp.array([0.1, 0.034]) * between(u[:2], -1, 1)
-    return DMCState(qpos, 0.01 * normal[2:], 0)
+        qpos = jnp.array([0.1] + [0.034] * (n - 1)) * between(u[:n], -1, 1)
+    return DMCState(qpos, 0.01 * normal[n:], 0)
 
 
 def cartpole_observe(s):
-    return [s.qpos[:1], jnp.cos(s.qpos[1:]), jnp.sin(s.qpos[1:]), s.qvel]
+    poles = jnp.cumsum(s.qpos[1:])  # angles to the vertical
+    return [s.qpos[:1], jnp.stack([jnp.cos(poles), jnp.sin(poles)], 1).ravel(), s.qvel]
 
 
-def cartpole_reward(s, ctrl):
-    upright = (jnp.cos(s.qpos[1]) + 1) / 2
+def cartpole_reward(s, ctrl, env):
+    """How upright all poles are, less for being off the middle, for force, and for the fastest joint."""
+    upright = (jnp.cos(jnp.cumsum(s.qpos[1:])) + 1) / 2
     centred = (1 + tolerance(s.qpos[0], margin=2.0)) / 2
-    small_control = (4 + tolerance(ctrl[0], margin=1.0, quadratic=True)) / 5
-    small_velocity = (1 + tolerance(s.qvel[1], margin=5.0)) / 2
-    return upright * small_control * small_velocity * centred
+    small_control = (4 + tolerance(ctrl[0], margin=1.0, sigmoid="quadratic", value_at_margin=0.0)) / 5
+    small_velocity = (1 + tolerance(s.qvel[1:], margin=5.0).min()) / 2
+    return upright.mean() * small_control * small_velocity * centred
+
+
+def cartpole_sparse_reward(s, ctrl, env):
+    """1 while the cart is near the middle and all poles are within 6 degrees of upright."""
+    return (jnp.abs(s.qpos[0]) <= 0.25) & (jnp.cos(jnp.cumsum(s.qpos[1:])) >= 0.995).all()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -261,12 +320,12 @@ def finger_observe(s, radius=None):
     return obs if radius is None else obs + [s.target, finger_distance(s, radius)[None]]
 
 
-def spin_reward(s, ctrl):
+def spin_reward(s, ctrl, env):
     """1 while the spinner turns at 15 rad/s or faster."""
     return s.qvel[2] <= -15.0
 
 
-def turn_reward(s, ctrl, radius):
+def turn_reward(s, ctrl, env, radius):
     """1 while the spinner's tip is in the target."""
     return finger_distance(s, radius) <= 0
 
@@ -294,7 +353,7 @@ def pendulum_observe(s):
     return [jnp.cos(s.qpos), jnp.sin(s.qpos), s.qvel]
 
 
-def pendulum_reward(s, ctrl):
+def pendulum_reward(s, ctrl, env):
     """1 while the pole is within 8 degrees of upright."""
     return jnp.cos(s.qpos[0]) >= math.cos(math.radians(8))
 
@@ -334,9 +393,9 @@ def point_mass_start(u, env, hard=False):
     return DMCState(random_joints(u, env.model), jnp.zeros(2), 0, wrap_prm=wrap_prm)
 
 
-def point_mass_reward(s, ctrl):
+def point_mass_reward(s, ctrl, env):
     near_target = tolerance(jnp.linalg.norm(s.qpos), upper=0.015, margin=0.015)
-    return near_target * (4 + tolerance(ctrl, margin=1.0, quadratic=True).mean()) / 5
+    return near_target * (4 + tolerance(ctrl, margin=1.0, sigmoid="quadratic", value_at_margin=0.0).mean()) / 5
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -375,7 +434,7 @@ def reacher_observe(s):
     return [s.qpos, reacher_to_target(s), s.qvel]
 
 
-def reacher_reward(s, ctrl, radius):
+def reacher_reward(s, ctrl, env, radius):
     """1 while the finger touches the target."""
     return jnp.linalg.norm(reacher_to_target(s)) <= radius + 0.01  # of the target, of the finger
 
@@ -388,12 +447,22 @@ def finger_turn(radius):
                 partial(finger_observe, radius=radius), partial(turn_reward, radius=radius))
 
 
+def cartpole(swingup, reward=cartpole_reward, poles=1):
+    start = partial(cartpole_start, swingup=swingup)
+    return Task(cartpole_model(poles), 1, 2 + 3 * poles, start, cartpole_observe, reward)
+
+
 TASKS = {  # dm_control's "DOMAIN-TASK"
+    "acrobot-swingup": Task(ACROBOT, 1, 6, acrobot_start, acrobot_observe, partial(acrobot_reward, margin=1.0)),
+    "acrobot-swingup_sparse": Task(
+        ACROBOT, 1, 6, acrobot_start, acrobot_observe, partial(acrobot_reward, margin=0.0)),
     "ball_in_cup-catch": Task(BALL_IN_CUP, 10, 8, cup_start, positions, cup_reward),
-    "cartpole-balance": Task(
-        CARTPOLE, 1, 5, partial(cartpole_start, swingup=False), cartpole_observe, cartpole_reward),
-    "cartpole-swingup": Task(
-        CARTPOLE, 1, 5, partial(cartpole_start, swingup=True), cartpole_observe, cartpole_reward),
+    "cartpole-balance": cartpole(swingup=False),
+    "cartpole-balance_sparse": cartpole(swingup=False, reward=cartpole_sparse_reward),
+    "cartpole-swingup": cartpole(swingup=True),
+    "cartpole-swingup_sparse": cartpole(swingup=True, reward=cartpole_sparse_reward),
+    "cartpole-two_poles": cartpole(swingup=True, poles=2),
+    "cartpole-three_poles": cartpole(swingup=True, poles=3),
     "finger-spin": Task(
         FINGER.replace("HINGE_DAMPING", ".03"), 2, 9, finger_start, finger_observe, spin_reward),
     "finger-turn_easy": finger_turn(0.07),
@@ -453,7 +522,7 @@ class DMC(environment.Environment):
         qpos, qvel, touch = self.physics_step(state.qpos, state.qvel, action, state.wrap_prm)
         state = state.replace(qpos=qpos, qvel=qvel, time=state.time + 1,
                               touch=None if state.touch is None else touch)
-        reward = TASKS[self.task].reward(state, action).astype(jnp.float32)
+        reward = TASKS[self.task].reward(state, action, self).astype(jnp.float32)
         return self.get_obs(state), state, reward, jnp.array(False), {"discount": jnp.float32(1)}
 
     def is_terminated(self, state, params):

@@ -43,13 +43,22 @@ CORNERS = (-0.3, -0.3), (0.3, -0.3), (0.3, 0.3), (-0.3, 0.3)
 WALLS = tuple(("world", line(a, b, 0.004, "frame")) for a, b in zip(CORNERS, CORNERS[1:] + CORNERS[:1]))
 FINGER_OBS = ("proximal", "distal", "tip x", "tip z", "proximal speed", "distal speed", "spin", "touch top",
               "touch bottom")
-SCENES = {
+def cartpole(poles):
+    angles = [f"{name} {n + 1}" for n in range(poles) for name in ("cos", "sin")]
+    speeds = [f"pole {n + 1} speed" for n in range(poles)]
+    return Scene((0, 2), (-2.1, 2.1, 0.75 - poles, 1.25 + poles), ("x", *angles, "speed", *speeds),
+                 (("world", line((-2, 1), (2, 1), 0.02, "frame")),))
+
+
+SCENES = {  # of a domain, or of one task
+    "acrobot": Scene((0, 2), (-2.3, 2.3, -0.2, 4.3), (
+        "sin upper", "sin lower", "cos upper", "cos lower", "shoulder speed", "elbow speed"), (
+        ("world", line((-3, 0), (3, 0), 0.004, "frame")), ("world", circle((0, 4), 0.2, "target")))),
     "ball_in_cup": Scene((0, 2), (-0.5, 0.5, 0.0, 1.0), (
         "cup x", "cup z", "ball x", "ball z", "cup speed x", "cup speed z", "ball speed x", "ball speed z"),
         (("cup", box((0, -0.05), (0.05, 0.05), "target")),
          ("world", line((-0.6, 0), (0.6, 0), 0.004, "frame")))),
-    "cartpole": Scene((0, 2), (-2.1, 2.1, -0.25, 2.25), ("x", "cos", "sin", "speed", "pole speed"),
-                      (("world", line((-2, 1), (2, 1), 0.02, "frame")),)),
+    "cartpole": cartpole(1), "cartpole-two_poles": cartpole(2), "cartpole-three_poles": cartpole(3),
     "finger": Scene((0, 2), (-0.55, 0.55, 0.0, 0.8), (*FINGER_OBS, "target x", "target z", "distance"), (
         ("spinner", circle((0, 0.13), 0.02, "tip")),)),
     "pendulum": Scene((0, 2), (-0.8, 0.8, -0.1, 1.3), ("cos", "sin", "speed"), (
@@ -125,7 +134,7 @@ def rounded(x, digits=4):
 def write(data, path):
     """Write the page for `data` (evaluate.record) to `path`. States become poses in the task's plane."""
     task, domain = data["task"], data["task"].split("-")[0]
-    scene, model = SCENES[domain], mujoco.MjModel.from_xml_string(dmc.TASKS[data["task"]].model)
+    scene, model = SCENES.get(task, SCENES.get(domain)), mujoco.MjModel.from_xml_string(dmc.TASKS[data["task"]].model)
     sides = [side | {
         "pose": rounded(poses(model, side["qpos"], scene.axes).reshape(len(side["qpos"]), -1)), "qpos": None,
         "reward": rounded(side["reward"]), "sees": rounded(side["sees"], 3), "acts": rounded(side["acts"], 3),
