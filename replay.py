@@ -148,5 +148,6 @@ def write(data, path):
         "ctrl_names": [model.actuator(i).name for i in range(model.nu)],
         "obs_names": scene.obs[:dmc.TASKS[task].obs_dim], "obs_matrix": rounded(data["obs_matrix"], 3),
         "act_matrix": rounded(data["act_matrix"], 3), "sides": sides}
-    text = json.dumps(page, separators=(",", ":"), allow_nan=False).replace("</", "<\\/")
+    text = json.dumps(page, separators=(",", ":"), allow_nan=False)
+    text = text.replace("<", "\\u003c")  # in JSON "<" is only found in strings; no tag or comment may begin in a script
     path.write_text(TEMPLATE.read_text().replace("/*REPLAY*/null", text))

@@ -400,6 +400,17 @@ def test_replay_page(run):
     assert not np.array_equal(page["sides"][0]["pose"], page["sides"][1]["pose"])
 
 
+def test_a_hostile_run_name_stays_text(run, tmp_path):
+    """Nothing in the embedded data can open a tag or a comment, or end the script."""
+    data = evaluate.record(evaluate.load(run), TASKS[0], 1, 1, "memory, mode")
+    name = "<!--<script>alert(1)</script>-->"
+    replay.write(data | {"run": name}, tmp_path / "replay.html")
+    text = (tmp_path / "replay.html").read_text()
+    embedded = re.search(r"const R = (\{.*\});\n", text).group(1)
+    assert "<" not in embedded and json.loads(embedded)["run"] == name
+    assert "<!--" not in text and text.count("<script") == text.count("</script") == 1
+
+
 def test_replay_is_a_trial_of_the_table(run, result):
     """The recorded trial is that of median return, and both its sides have the returns of the table."""
     data = evaluate.record(evaluate.load(run), TASKS[0], 3, 1, "memory, mode")
