@@ -5,23 +5,26 @@
     python evaluate.py runs/NAME --replay finger-spin   # also one HTML file that plays without a network
     python evaluate.py --help
 
-An evaluation is `trials` whole trials of every task and of every seed, from fixed keys: two calls give the
-same numbers, and all policies, seeds and runs meet the same trials (starts and projections). The policies:
+An evaluation is `trials` whole trials of every task for every seed, from fixed keys: two calls give the same
+numbers. Each seed of a run has its own trials, so that seeds are independent samples. All policies, and the
+seeds of the same place in other runs, meet the same ones (starts and projections), so that their differences
+are paired. The trials of a task do not depend on what else is evaluated. The policies:
 
     memory, sampled / mode    the agent, acting at random as in training, or by the mode of its policy
     reset, sampled / mode     the same with its memory reset before every step
     random, zero              uniform random actions in [-1, 1] (or among all discrete ones); zeros
 
-A return is a sum of rewards over an episode, the mean over the trial's episodes if it has several. What
-becomes of the numbers is in report.py (statistics, tables, pictures) and replay.py.
+A return is a sum of rewards over an episode, the mean over the trial's episodes if it has several; with
+--episodes a trial may last longer than in training. What becomes of the numbers is in report.py (statistics,
+tables, pictures) and replay.py.
 """
 
 import difflib
-import functools
 import importlib
 import json
 import os
 import sys
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,8 +41,7 @@ import report
 from report import BINS
 
 HERE = Path(__file__).resolve().parent
-KEY = 230303982  # all randomness of an evaluation
-TASKS = envs.TRAIN_TASKS + envs.HELD_OUT_TASKS
+EVAL_SEED = 230303982  # all randomness of an evaluation
 SAMPLE, MODE, RANDOM, ZERO = range(4)
 POLICIES = {  # name: (kind of action, whether the memory is reset before every step)
     "memory, sampled": (SAMPLE, False), "memory, mode": (MODE, False), "reset, sampled": (SAMPLE, True),
@@ -113,10 +115,19 @@ def load(folder):
                  train.lanes.obs_size, train.lanes.action_size)
 
 
-def choose_tasks(agent, wanted):
-    """Names of the tasks to evaluate, in a fixed order; `wanted` () is all that fit. Raises ValueError."""
-    wanted = [t.removeprefix("dmc:") if envs.is_dmc(t) else t for t in wanted]
-    possible = TASKS if agent.dmc else agent.tasks
+def choose_tasks(agent, tasks=(), held_out=()):
+    """Names of the tasks to evaluate, without "dmc:", each once.
+
+    Args:
+      agent: an Agent.
+      tasks: names; () stands for those that it was trained on and, for DMControl, the held-out ones.
+      held_out: names of further tasks; () stands for envs.HELD_OUT_TASKS, less those too large for the network.
+
+    Raises:
+      ValueError: one sentence, if a task is unknown, or not one that this agent can play.
+    """
+    wanted = [t.removeprefix("dmc:") if envs.is_dmc(t) else t for t in (*tasks, *held_out)]
+    possible = dmc.TASKS if agent.dmc else agent.tasks
     for task in wanted:
         if task not in possible and not agent.dmc:
             raise ValueError(f"{agent.folder} was trained on {', '.join(agent.tasks)}, which is not from "
@@ -124,26 +135,31 @@ def choose_tasks(agent, wanted):
         if task not in possible:
             near = difflib.get_close_matches(task, possible, 3, 0.4) or possible
             raise ValueError(f"unknown task {task!r}; nearest: {', '.join(near)}")
-    tasks = tuple(t for t in possible if not wanted or t in wanted)
-    if not agent.dmc:
-        return tasks
-    fitting = tuple(t for t in tasks if fits(agent, own_family(agent), t))
-    for task in set(wanted) - set(fitting):
-        raise ValueError(f"{task} does not fit the network of {agent.folder}, which reads {agent.obs_size} "
-                         f"and gives {agent.action_size} numbers without a random projection")
-    return fitting
+        obs_dim, action_dim = task_sizes(task) if agent.dmc else (0, 0)
+        if task not in agent.tasks and not fits(agent, task):
+            raise ValueError(f"{task} is too large for {agent.folder}: it needs a network trained with --obs-size "
+                             f"{obs_dim} and --action-size {action_dim} or more, not {agent.obs_size} and "
+                             f"{agent.action_size}")
+    if not tasks:
+        paper = [t for t in envs.HELD_OUT_TASKS if fits(agent, t)] if agent.dmc and not held_out else []
+        wanted = [*agent.tasks, *wanted, *paper]
+    return tuple(dict.fromkeys(wanted))
 
 
 def own_family(agent):
-    """ "none" is the identity of the task's own size; several tasks share lanes only through matrices."""
+    """The family of projections of its own trials: "none" is the identity of a DMControl task's own size."""
     return "identity" if agent.dmc and agent.family == "none" else agent.family
 
 
-def fits(agent, family, task):
-    """Whether projections of `family` keep all of a DMControl task in the sizes of the agent's network."""
-    env = envs.make(task)[0]
-    return family not in ("identity", "orthogonal") or (
-        agent.obs_size >= dmc.TASKS[task].obs_dim and agent.action_size >= env.model.nu)
+def task_sizes(task):
+    """(numbers in an observation, numbers in an action) of a DMControl task."""
+    return dmc.TASKS[task].obs_dim, envs.make(task)[0].model.nu
+
+
+def fits(agent, task):
+    """Whether observation and action of a DMControl task are no larger than what the agent reads and gives."""
+    obs_dim, action_dim = task_sizes(task)
+    return obs_dim <= agent.obs_size and action_dim <= agent.action_size
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -153,54 +169,61 @@ class Variants(NamedTuple):
     """What differs between V ways to live the same trials inside one compiled function."""
 
     kind: Any  # (V,) SAMPLE, MODE, RANDOM or ZERO
-    forget: Any  # (V,) bool, reset the memory before every step
-    visible: Any  # (V, input_size) 0 or 1, factor on the agent's input
+    reset_every_step: Any  # (V,) bool, reset the memory before every step
+    outputs: Any  # (V,) int, how many outputs of the projection are shown to the agent
 
 
-def make_lanes(agent, tasks, trials, episodes):
-    """Lanes of `trials` fresh trials of each task. DMControl: of gaussian projections, see `starts`."""
+def trial_keys(task, place):
+    """Keys (starts, observation matrices, action matrices, action noise) of the trials of a run's seed number
+    `place`, counted from 0, on the task of this name: whatever else is evaluated, they stay the same."""
+    name = np.uint32(zlib.crc32(task.encode()))
+    return jax.random.split(jax.random.fold_in(jax.random.fold_in(jax.random.PRNGKey(EVAL_SEED), name), place), 4)
+
+
+def make_lanes(agent, task, trials, episodes):
+    """Lanes of `trials` fresh trials of one task. DMControl: see make_start for their projections."""
     sizes = dict(projection="gaussian", obs_size=agent.obs_size, action_size=agent.action_size)
     changes = sizes if agent.dmc else {}
-    return agent.trainer.make_lanes(agent.config, tasks=tasks, num_lanes=trials * len(tasks), stagger=False,
+    return agent.trainer.make_lanes(agent.config, tasks=(task,), num_lanes=trials, stagger=False,
                                     episodes_per_trial=episodes, **changes)
 
 
-def jit_once(function, **settings):
+def jit_once(function):
     """jax.jit for what runs once: on a CPU half of an evaluation would go by in optimising it."""
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(function, compiler_options=options, **settings)
+    return jax.jit(function, compiler_options=options)
 
 
-def starts(agent, lanes):
-    """start(family) -> (state, inputs) as from lanes.reset: the same starts, any family of projections."""
-    state, inputs = jit_once(lanes.reset)(jax.random.PRNGKey(KEY))
-    n = lanes.num_lanes // len(lanes.tasks)
+def make_start(agent, lanes, families):
+    """start(keys) -> (state, inputs) as from lanes.reset, with a leading axis V = len(families).
 
-    def project(state, inputs, family):
-        obs, obs_matrix, act_matrix = [], [], []
-        for i, (env, obs_dim, act_dim) in enumerate(zip(lanes.envs, lanes.obs_dims, lanes.act_dims)):
-            obs_keys, act_keys = jax.random.split(jax.random.fold_in(jax.random.PRNGKey(KEY), 1 + i), (2, n))
+    The physical starts are the same along V, and so are the normal numbers behind the matrices; families[v]
+    names the distribution of projections. keys: as from trial_keys. Only DMControl has a choice of projections.
+    """
+    def start(keys):
+        state, inputs = lanes.reset(keys[0])
+        made = {}
+        for family in dict.fromkeys(families):
+            if not agent.dmc:
+                made[family] = state, inputs
+                continue
             draw = jax.vmap(envs.sample_matrix, (0, None, None, None))
-            obs_matrix.append(envs.pad_to(draw(obs_keys, family, lanes.obs_size, obs_dim),
-                                          (lanes.obs_size, max(lanes.obs_dims))))
-            act_matrix.append(envs.pad_to(draw(act_keys, family, act_dim, lanes.action_size),
-                                          (max(lanes.act_dims), lanes.action_size)))
-            obs.append(envs.pad_to(jax.vmap(env.get_obs)(state.env[i]), (max(lanes.obs_dims),)))
-        obs, obs_matrix, act_matrix = map(jnp.concatenate, (obs, obs_matrix, act_matrix))
-        inputs = inputs.at[:, :lanes.obs_size].set(lanes.project_observation(obs_matrix, obs))
-        return state.replace(obs_matrix=obs_matrix, act_matrix=act_matrix, input=inputs), inputs
+            obs_dim, action_dim = lanes.obs_dims[0], lanes.act_dims[0]
+            obs_matrix = draw(jax.random.split(keys[1], lanes.num_lanes), family, lanes.obs_size, obs_dim)
+            act_matrix = draw(jax.random.split(keys[2], lanes.num_lanes), family, action_dim, lanes.action_size)
+            obs = jax.vmap(lanes.envs[0].get_obs)(state.env[0])
+            seen = inputs.at[:, :lanes.obs_size].set(lanes.project_observation(obs_matrix, obs))
+            made[family] = state.replace(obs_matrix=obs_matrix, act_matrix=act_matrix, input=seen), seen
+        return stack([made[family] for family in families])
 
-    project = jit_once(project, static_argnums=2)
-    return functools.cache(lambda family: (state, inputs) if family == lanes.projection or not agent.dmc
-                           else project(state, inputs, family))
+    return jit_once(start)
 
 
-def first_outputs(lanes, size):
-    """(input_size,) 0/1: hides all but `size` outputs of a projection, and their differences."""
+def output_of_channel(lanes):
+    """(input_size,) int: which output of the projection, or its change, each input shows; -1 for the others."""
     position, after = np.arange(lanes.input_size), lanes.obs_size + lanes.action_size + 3
     channel = np.where(position < after, -1, position - after)
-    channel = np.where(position < lanes.obs_size, position, channel)
-    return (channel < size).astype(np.float32)
+    return np.where(position < lanes.obs_size, position, channel)
 
 
 def horizon(lanes):
@@ -210,22 +233,24 @@ def horizon(lanes):
 
 
 def make_rollout(agent, lanes, record=False):
-    """rollout(params, state, inputs, variants) -> one trial of every lane and variant, time-major.
+    """rollout(params, state, inputs, variants, key) -> one trial of every lane and variant, time-major.
 
-    params are of one seed; state and inputs as from lanes.reset with a leading axis V. Returns a dict of
-    arrays (T, V, N), T = horizon(lanes): reward (0 after the trial's end), alive, episode_end, diverged; with
-    record=True also qpos, target, inputs and action, as they were when the agent acted.
+    params are of one seed; state and inputs as from lanes.reset with a leading axis V; key makes the actions'
+    noise. Returns a dict of arrays (T, V, N), T = horizon(lanes): reward (0 after the trial's end), alive,
+    episode_end, diverged; with record=True also qpos, target, inputs and action, as they were when the agent
+    acted.
     """
     network = agent.trainer.make_network(agent.config, lanes)
     memory = agent.trainer.make_memory(agent.config, jnp.float32)
     steps = horizon(lanes)
     one_episode = lanes.episodes_per_trial == 1  # then no spare start is ever taken: draw none
 
-    def rollout(params, state, inputs, variants):
+    def rollout(params, state, inputs, variants, key):
         prepared = network.apply(params, method="prepare")
         shape = inputs.shape[:2]
-        forget = jnp.broadcast_to(variants.forget[:, None] | (agent.config.memory == "none"), shape)
-        key = jax.random.PRNGKey(KEY)
+        memoryless = agent.config.memory == "none"
+        reset_every_step = jnp.broadcast_to(variants.reset_every_step[:, None] | memoryless, shape)
+        visible = output_of_channel(lanes) < variants.outputs[:, None, None]
 
         def act(pi, key):
             sample_key, random_key = jax.random.split(key)
@@ -240,7 +265,7 @@ def make_rollout(agent, lanes, record=False):
 
         def step(carry, t):
             state, inputs, memory_state, reset, alive = carry
-            seen = inputs * variants.visible[:, None]
+            seen = inputs * visible
             memory_state, pi, _ = network.apply(params, prepared, memory_state, seen, reset, method="step")
             action = act(pi, jax.random.fold_in(key, t))
             when = 1 if one_episode else t
@@ -249,7 +274,7 @@ def make_rollout(agent, lanes, record=False):
                           episode_end=out.episode_end & alive, diverged=out.diverged & alive)
             if record:
                 result |= dict(qpos=state.env[0].qpos, target=state.env[0].target, inputs=seen, action=action)
-            reset, alive = out.trial_end | forget, alive & ~out.trial_end
+            reset, alive = out.trial_end | reset_every_step, alive & ~out.trial_end
             return (new_state, new_inputs, memory_state, reset, alive), result
 
         carry = (state, inputs, memory.zero_state(shape), jnp.ones(shape, bool), jnp.ones(shape, bool))
@@ -259,6 +284,7 @@ def make_rollout(agent, lanes, record=False):
 
 
 def stack(trees):
+    """Equal pytrees of arrays -> one, with a leading axis."""
     return jax.tree.map(lambda *x: jnp.stack(x), *trees)
 
 
@@ -272,75 +298,92 @@ class Result(NamedTuple):
     counts: dict  # likewise, the number of steps in each bin
     episodes: dict  # {policy: (tasks, seeds, trials, episodes)} return by episode, NaN if not reached
     projections: dict  # {column: (tasks, seeds, trials)} returns, NaN where a task does not fit
-    horizon: int  # environment steps of a trial
+    horizon: tuple  # per task, environment steps of a trial
 
 
-def summarise(out, tasks, episodes, repeat):
-    """Rollout (T, V, N) -> returns, curves, counts and episodes, each (V, tasks, N / tasks, ...)."""
-    reward, alive, end = (np.asarray(out[k], np.float64) for k in ("reward", "alive", "episode_end"))
-    T = len(reward)
-    split = lambda x: x.reshape(len(x), tasks, -1, *x.shape[2:])  # noqa: E731
-    place = np.arange(T) * BINS // T
-    totals, counts = (np.stack([x[place == b].sum(0) for b in range(BINS)], -1) for x in (reward, alive))
-    with np.errstate(invalid="ignore"):
-        curves = totals / counts / repeat
+def reduce_trials(out, episodes, repeat):
+    """What Result keeps of a rollout.
+
+    Args:
+      out: arrays (T, V, N) as from make_rollout.
+      episodes: episodes in a trial.
+      repeat: environment steps in a step of the rollout.
+
+    Returns:
+      returns (V, N), curves and counts (V, N, BINS) and episodes (V, N, episodes), float64; see Result.
+    """
+    reward, alive, end = (np.asarray(out[k]) for k in ("reward", "alive", "episode_end"))
+    bin_of_step = np.arange(len(reward)) * BINS // len(reward)
+    totals, counts = (np.stack([x[bin_of_step == b].sum(0, dtype=np.float64) for b in range(BINS)], -1)
+                      for x in (reward, alive))
     number = np.cumsum(end, 0) - end  # index of the episode that each step belongs to
-    by_episode = np.stack([np.where((alive * (number == e)).any(0), (reward * (number == e)).sum(0), np.nan)
-                           for e in range(episodes)], -1)
-    return [split(x) for x in (reward.sum(0) / episodes, curves, counts, by_episode)]
+    lane = np.arange(reward[0].size).reshape(reward[0].shape)
+    cell = (number * reward[0].size + lane)[alive]
+    lived, paid = (np.bincount(cell, weights, episodes * reward[0].size).reshape(episodes, *reward[0].shape)
+                   for weights in (None, reward[alive]))
+    with np.errstate(invalid="ignore"):
+        curves, by_episode = totals / counts / repeat, np.where(lived > 0, paid, np.nan)
+    return paid.sum(0) / episodes, curves, counts, np.moveaxis(by_episode, 0, -1)
 
 
 def measure(agent, tasks, trials, episodes, projections, sizes, shown):
-    """Every policy and, if asked, every projection on `trials` trials of each task: a Result."""
-    lanes = make_lanes(agent, tasks, trials, episodes)
-    rollout = make_rollout(agent, lanes)
-    own, start = own_family(agent), starts(agent, lanes)
-    visible = np.ones(lanes.input_size, np.float32)
-    jobs = [(name, own, kind, forget, visible) for name, (kind, forget) in POLICIES.items()]
-    columns = {}  # name: (family, visible)
-    if projections:
-        columns |= {family: (family, visible) for family in FAMILIES if family != own}
-        family = "gaussian" if own == "identity" else own
-        for size in sizes:
-            columns[f"{family}, {size} of {lanes.obs_size}"] = family, first_outputs(lanes, size)
-    jobs += [(name, family, *POLICIES[shown], mask) for name, (family, mask) in columns.items()]
+    """Every policy and, if asked, every projection on `trials` trials of each task and seed.
 
-    found, diverged = {}, 0
-    for first in range(0, len(jobs), len(POLICIES)):  # always as many: one compiled function serves all
-        part = jobs[first:first + len(POLICIES)]
-        padded = part + part[-1:] * (len(POLICIES) - len(part))
-        state, inputs = stack([start(family) for _, family, *_ in padded])
-        variants = Variants(*(jnp.array(x) for x in zip(*[job[2:] for job in padded])))
-        outs = []
-        for seed in range(len(agent.seeds)):
-            params = jax.tree.map(lambda x: x[seed], agent.params)
-            out = jax.device_get(rollout(params, state, inputs, variants))
-            diverged += out["diverged"][:, :len(part)].sum()
-            outs.append(summarise(out, len(tasks), episodes, lanes.action_repeat))
-        for v, (name, *_) in enumerate(part):
-            found[name] = [np.stack([seed[k][v] for seed in outs], 1) for k in range(4)]
+    Args:
+      agent: an Agent.
+      tasks: names, as from choose_tasks.
+      trials: trials of each task and seed.
+      episodes: episodes in a trial.
+      projections: whether to fill Result.projections.
+      sizes: numbers of outputs of a projection to show, a column each.
+      shown: the policy (of POLICIES) that plays under the other projections.
+
+    Returns:
+      a Result.
+    """
+    own, everything = own_family(agent), agent.obs_size
+    jobs = {name: (own, kind, reset, everything) for name, (kind, reset) in POLICIES.items()}
+    columns = {}
+    if projections:
+        columns = {family: (family, *POLICIES[shown], everything) for family in FAMILIES if family != own}
+        family = "gaussian" if own == "identity" else own
+        columns |= {f"{family}, {size} of {everything}": (family, *POLICIES[shown], size) for size in sizes}
+    names, (families, *variants) = [*jobs, *columns], zip(*jobs.values(), *columns.values())
+    variants, diverged, found, steps = Variants(*map(jnp.array, variants)), 0, [], []
+    for task in tasks:
+        lanes = make_lanes(agent, task, trials, episodes)
+        start, rollout, by_seed = make_start(agent, lanes, families), make_rollout(agent, lanes), []
+        for place in range(len(agent.seeds)):
+            keys = trial_keys(task, place)
+            params = jax.tree.map(lambda x: x[place], agent.params)
+            out = jax.device_get(rollout(params, *start(keys), variants, keys[3]))
+            diverged += out["diverged"].sum()
+            by_seed.append(reduce_trials(out, episodes, lanes.action_repeat))
+        found.append([np.stack(x, 1) for x in zip(*by_seed)])  # four arrays (V, seeds, trials, ...)
+        steps.append(horizon(lanes) * lanes.action_repeat)
     if diverged:
         print(f"{agent.folder}: {diverged} trials diverged and were cut short there", file=sys.stderr)
-    table = {own: found[shown][0]} if projections else {}
-    for name, (family, _) in columns.items():
-        fitting = np.array([fits(agent, family, task) for task in tasks])
-        table[name] = np.where(fitting[:, None, None], found[name][0], np.nan)
+    found = [dict(zip(names, np.stack(x, 1))) for x in zip(*found)]
+    table = {own: found[0][shown]} if projections else {}
+    for name, (family, *_) in columns.items():
+        whole = np.array([family not in ("orthogonal", "identity") or fits(agent, task) for task in tasks])
+        table[name] = np.where(whole[:, None, None], found[0][name], np.nan)
     order = [c for f in FAMILIES for c in table if c == f] + [c for c in table if c not in FAMILIES]
-    by_policy = [{name: found[name][k] for name in POLICIES} for k in range(4)]
-    return Result(agent, tasks, *by_policy, {c: table[c] for c in order}, horizon(lanes) * lanes.action_repeat)
+    by_policy = [{name: x[name] for name in POLICIES} for x in found]
+    return Result(agent, tasks, *by_policy, {c: table[c] for c in order}, tuple(steps))
 
 
-def record(agent, task, trials, episodes, shown):
+def record_trial(agent, task, trials, episodes, shown):
     """Data for replay.write: the first seed's trial of median return with memory, and the same without."""
-    lanes = make_lanes(agent, (task,), trials, episodes)
-    start = starts(agent, lanes)(own_family(agent))
+    lanes, keys = make_lanes(agent, task, trials, episodes), trial_keys(task, 0)
+    state, inputs = make_start(agent, lanes, [own_family(agent)] * 2)(keys)
     kind = POLICIES[shown][0]
-    variants = Variants(jnp.array([kind, kind]), jnp.array([False, True]), jnp.ones((2, lanes.input_size)))
+    variants = Variants(jnp.array([kind, kind]), jnp.array([False, True]), jnp.full(2, lanes.obs_size))
     params = jax.tree.map(lambda x: x[0], agent.params)
-    out = jax.device_get(make_rollout(agent, lanes, record=True)(params, *stack([start, start]), variants))
+    out = jax.device_get(make_rollout(agent, lanes, record=True)(params, state, inputs, variants, keys[3]))
     returns = out["reward"].sum(0)  # (2, trials)
     lane = int(np.argsort(returns[0], kind="stable")[(trials - 1) // 2])
-    matrices = [np.asarray(m[lane], np.float64) for m in (start[0].obs_matrix, start[0].act_matrix)]
+    matrices = [np.asarray(m[0, lane], np.float64) for m in (state.obs_matrix, state.act_matrix)]
     sides = []
     for v, name in enumerate(("memory on", "memory reset at every step")):
         frames = int(out["alive"][:, v, lane].sum())
@@ -351,30 +394,37 @@ def record(agent, task, trials, episodes, shown):
                       "ends": np.flatnonzero(told["episode_end"]).tolist()})
     return {"task": task, "run": agent.folder.name, "trainer": agent.trainer.__name__, "family": agent.family,
             "action_repeat": lanes.action_repeat, "seed": agent.seeds[0], "trial": lane, "trials": trials,
-            "actions": shown.split(", ")[1], "held_out": task not in agent.tasks, "obs_matrix": matrices[0], "act_matrix": matrices[1],
-            "sides": sides}
+            "actions": shown.split(", ")[1], "held_out": task not in agent.tasks, "obs_matrix": matrices[0],
+            "act_matrix": matrices[1], "sides": sides}
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------------------
-def evaluate(folders: tyro.conf.Positional[tuple[Path, ...]], tasks: tuple[str, ...] = (), trials: int = 32,
-             episodes: int = 0, sizes: tuple[int, ...] = (), projections: bool = True,
-             deterministic: bool = False, replay: tuple[str, ...] = (), tables: bool = True,
-             out: Path | None = None) -> list[Result]:
-    """Evaluate runs; write tables, pictures, replays and report.md into <run>/eval/. Raises ValueError.
+def evaluate(folders: tyro.conf.Positional[tuple[Path, ...]], tasks: tuple[str, ...] = (),
+             held_out: tuple[str, ...] = (), trials: int = 32, episodes: int = 0, sizes: tuple[int, ...] = (),
+             projections: bool = True, deterministic: bool = False, replay: tuple[str, ...] = (),
+             tables: bool = True, out: Path | None = None) -> list[Result]:
+    """Evaluate runs; write tables, pictures, replays and report.md into <run>/eval/.
 
     Args:
-        folders: run folders; several are also compared, over the tasks that they share
-        tasks: DMControl tasks (default: all eleven; of a run on other environments its own)
-        trials: trials of every task and seed
-        episodes: episodes in a trial (0: as in training)
-        sizes: k, ...: show only k outputs of a projection (default: 1/4, 1/2 and 3/4 of the network's)
-        projections: make the table of projections (DMControl only)
-        deterministic: curves, projections, comparisons and replays show the policy's mode, not samples
-        replay: tasks to record as an HTML file each
-        tables: make tables and pictures (--no-tables: replays only)
-        out: folder of the comparison of several runs (default: eval/ of the first)
+      folders: run folders; several are also compared, over the tasks that they share
+      tasks: DMControl tasks (default: those it was trained on, and the held-out ones)
+      held_out: tasks to test on beside those (default: the paper's five)
+      trials: trials of every task and seed
+      episodes: episodes in a trial (0: as in training)
+      sizes: k, ...: show only k outputs of a projection (default: 1/4, 1/2 and 3/4 of the network's)
+      projections: make the table of projections (DMControl only)
+      deterministic: curves, projections, comparisons and replays show the policy's mode, not samples
+      replay: tasks to record as an HTML file each
+      tables: make tables and pictures (--no-tables: replays only)
+      out: folder of the comparison of several runs (default: eval/ of the first)
+
+    Returns:
+      a Result for each folder; [] without tables
+
+    Raises:
+      ValueError: one sentence, before anything is evaluated
     """
     if not folders:
         raise ValueError("name at least one run folder, such as runs/NAME")
@@ -383,7 +433,7 @@ def evaluate(folders: tyro.conf.Positional[tuple[Path, ...]], tasks: tuple[str, 
     shown = "memory, mode" if deterministic else "memory, sampled"
     agents, results = [load(folder) for folder in folders], []
     for agent in agents:  # refuse before the first minute is spent
-        choose_tasks(agent, tasks)
+        choose_tasks(agent, tasks, held_out)
         for task in replay:
             if not agent.dmc:
                 raise ValueError(f"replays draw DMControl tasks only, and {agent.folder} is a run on "
@@ -398,21 +448,23 @@ def evaluate(folders: tyro.conf.Positional[tuple[Path, ...]], tasks: tuple[str, 
         folder = agent.folder / "eval"
         folder.mkdir(exist_ok=True)
         length = episodes or agent.config.episodes_per_trial
-        for task in replay:
-            path = folder / f"replay-{task.removeprefix('dmc:')}.html"
-            replay_page.write(record(agent, task.removeprefix("dmc:"), trials, length, shown), path)
+        for task in choose_tasks(agent, replay) if replay else ():
+            path = folder / f"replay-{task}.html"
+            replay_page.write(record_trial(agent, task, trials, length, shown), path)
             print(f"wrote {path}")
         if not tables:
             continue
         chosen = sizes or sorted({max(1, round(k * agent.obs_size / 4)) for k in (1, 2, 3)})
-        result = measure(agent, choose_tasks(agent, tasks), trials, length, projections and agent.dmc, chosen,
-                         shown)
+        result = measure(agent, choose_tasks(agent, tasks, held_out), trials, length, projections and agent.dmc,
+                         chosen, shown)
         results.append(result)
         report.write_report(result, shown, folder)
         print(f"\n{report.describe(result)}\nwrote {folder / 'report.md'}")
         if result.projections and len(agents) == 1:
             print(f"\nprojections, {shown}\n{report.projections_table([result])}")
         for group, index in report.groups(result).items():
+            if length > 1:
+                print(f"\nreturn by episode, tasks {group}\n{report.episodes_table(result, shown, index)}")
             print(f"\ntasks {group}\n{report.returns_table(result, index)}")
     if len(results) > 1:
         folder = out or agents[0].folder / "eval"

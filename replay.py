@@ -1,6 +1,6 @@
 """A recorded trial as one HTML file that plays in any browser, with neither server nor network.
 
-    write(data, path)     # data as from evaluate.record; the page itself is replay.html, beside this file
+    write(data, path)     # data as from evaluate.record_trial; the page itself is replay.html, beside this file
 
 Every DMControl task here moves in a plane, so that its model's capsules, spheres and boxes can be drawn on a
 canvas. Nothing is simulated again: poses come from the recorded joint positions.
@@ -132,7 +132,7 @@ def rounded(x, digits=4):
 
 
 def write(data, path):
-    """Write the page for `data` (evaluate.record) to `path`. States become poses in the task's plane."""
+    """Write the page for `data` (as from evaluate.record_trial) to `path`, its states as poses in the task's plane."""
     task, domain = data["task"], data["task"].split("-")[0]
     scene, model = SCENES.get(task, SCENES.get(domain)), mujoco.MjModel.from_xml_string(dmc.TASKS[data["task"]].model)
     sides = [side | {
@@ -143,7 +143,8 @@ def write(data, path):
         for side in data["sides"]]
     page = data | {
         "seconds": model.opt.timestep * dmc.TASKS[task].substeps * data["action_repeat"],
-        "axes": ["xyz"[a] for a in scene.axes], "view": scene.view, "bodies": shapes(model, scene), "string": string(model, scene),
+        "axes": ["xyz"[a] for a in scene.axes], "view": scene.view,
+        "bodies": shapes(model, scene), "string": string(model, scene),
         "target_radius": TARGETS[task][1] if task in TARGETS else 0,
         "ctrl_names": [model.actuator(i).name for i in range(model.nu)],
         "obs_names": scene.obs[:dmc.TASKS[task].obs_dim], "obs_matrix": rounded(data["obs_matrix"], 3),

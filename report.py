@@ -1,14 +1,23 @@
-"""Numbers, tables and pictures of what evaluate.py measured.
+"""Numbers, tables and pictures of what evaluate.py measured. A `result` is an evaluate.Result.
 
-Returns are arrays x (tasks, seeds, trials). Intervals are 95 % percentile bootstraps that draw seeds, then
-trials within a seed, separately in each task. IQM, the mean of the middle half of seeds x trials (x tasks),
-and the probability of improvement follow Agarwal et al., "Deep Reinforcement Learning at the Edge of the
-Statistical Precipice" (arXiv 2108.13264). A `result` is an evaluate.Result.
+Returns are arrays x (tasks, seeds, trials). The unit of all statistics is the seed, one training run: its network
+plays all tasks, each on trials of its own. So whatever is asked (the mean of a task, the mean over tasks, a
+difference from another run or policy in the same trials, how often one is better), every seed answers with one
+number, these numbers are independent and of one distribution, and Student's t gives a 95 % interval of their mean
+that holds for three seeds as for ten: tests/test_evaluate.py simulates its coverage. A bootstrap of so few seeds is
+too narrow, and one that draws seeds anew for each task misses what a run has in common over its tasks. From one seed
+nothing can be said about other runs: its interval is over its trials, and the tables write it differently.
+
+IQM is the mean of the middle half of seeds x trials (x tasks), and the probability of improvement follows Agarwal et
+al., "Deep Reinforcement Learning at the Edge of the Statistical Precipice" (arXiv 2108.13264), here in the same trials.
 """
 
 import csv
+import math
+from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.stats import t as student
 
 BINS = 20  # of an in-context curve
 
@@ -23,50 +32,62 @@ def iqm(x, axis=-1):
     return np.take(x, range(n // 4, n - n // 4), axis).mean(axis)
 
 
-def resample(x, draws=2000, seed=0):
-    """x (tasks, seeds, trials, ...) -> (draws, tasks, seeds * trials, ...), drawn with replacement."""
-    rng = np.random.default_rng(seed)
-    tasks, seeds, trials = x.shape[:3]
-    which_seed = rng.integers(seeds, size=(draws, tasks, seeds, 1))
-    which_trial = rng.integers(trials, size=(draws, tasks, seeds, trials))
-    drawn = x[np.arange(tasks)[:, None, None], which_seed, which_trial]
-    return drawn.reshape(draws, tasks, seeds * trials, *x.shape[3:])
+def t_interval(x):
+    """Mean and 95 % t interval of the mean of independent x (n, ...), leaving out NaNs.
+
+    Returns:
+      mean, low and high, (...) each; NaN without a value, low and high also where fewer than two values differ.
+    """
+    valid = ~np.isnan(x)
+    n = valid.sum(0)
+    differ = np.where(valid, x, -np.inf).max(0) > np.where(valid, x, np.inf).min(0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = np.where(valid, x, 0.0).sum(0) / n
+        variance = np.where(valid, (x - mean) ** 2, 0.0).sum(0) / (n - 1)
+        half = np.where(differ, student.ppf(0.975, n - 1) * np.sqrt(variance / n), np.nan)
+    return mean, mean - half, mean + half
 
 
-def interval(samples):
-    """2.5 and 97.5 % quantiles over the first axis, as two arrays."""
-    return np.quantile(samples, [0.025, 0.975], axis=0)
+class Estimate(NamedTuple):
+    """A mean and its 95 % interval, (...) each, and whether that is over "seeds" or over the "trials" of one."""
+
+    mean: Any
+    low: Any
+    high: Any
+    over: str
+
+
+def estimate(x):
+    """Estimate of the mean of x (tasks, seeds, trials, ...), NaN where nothing was measured.
+
+    Each seed counts by its mean over trials and tasks. With one seed each trial counts by its mean over tasks (the
+    trials of different tasks are independent).
+    """
+    if x.shape[1] == 1:
+        return Estimate(*t_interval(x[:, 0].mean(0)), "trials")
+    valid = ~np.isnan(x)
+    with np.errstate(invalid="ignore"):
+        by_task_and_seed = np.where(valid, x, 0.0).sum(2) / valid.sum(2)
+    return Estimate(*t_interval(by_task_and_seed.mean(0)), "seeds")
 
 
 def statistics(x):
-    """mean, iqm and their _low and _high of x (tasks, seeds, trials), tasks pooled; NaN for one trial."""
-    drawn, row = resample(x).reshape(-1, x.size), {}
-    for name, statistic in (("mean", np.mean), ("iqm", iqm)):
-        low, high = interval(statistic(drawn, axis=-1)) if x[0].size > 1 else (np.nan, np.nan)
-        row |= {name: statistic(x.ravel(), axis=-1), f"{name}_low": low, f"{name}_high": high}
-    return row
+    """The columns of a CSV file for x (tasks, seeds, trials), tasks pooled."""
+    e = estimate(x)
+    return {"mean": e.mean, "low": e.low, "high": e.high, "interval_over": e.over, "iqm": iqm(x.ravel())}
 
 
-def curve_statistics(x):
-    """Means over seeds and trials of x (seeds, trials, K) and intervals, (K,) each, leaving out NaNs."""
-    valid = ~np.isnan(x)
-    both = np.stack([np.where(valid, x, 0.0), valid], -1)  # sums and counts, resampled together
-    with np.errstate(invalid="ignore"):
-        drawn = resample(both[None], 1000)[:, 0].sum(1)
-        total, count = both.sum((0, 1)).T
-        return total / count, *interval(drawn[..., 0] / drawn[..., 1])
+def compare(x, y):
+    """Differences of two arrays of returns (tasks, seeds, trials), paired by trial; seeds as far as both go.
 
-
-def superiority(x, y):
-    """P(X > Y) + P(X = Y) / 2 of x (tasks, n) and y (tasks, m), the mean over tasks."""
-    difference = x[:, :, None] - y[:, None, :]
-    return ((difference > 0) + 0.5 * (difference == 0)).mean()
-
-
-def improvement(x, y, draws=1000):
-    """(value, low, high) of the probability that a trial of x beats one of y on the same task."""
-    samples = [superiority(a, b) for a, b in zip(resample(x, draws, 1), resample(y, draws, 2))]
-    return superiority(x.reshape(len(x), -1), y.reshape(len(y), -1)), *interval(samples)
+    Returns:
+      Estimates of the mean of x - y, and of the probability that x is better than y in the same trial (a tie counts
+      half). Where nearly all trials of three seeds agree, the interval of the latter is too narrow: read the former.
+    """
+    seeds = min(x.shape[1], y.shape[1])
+    difference = x[:, :seeds] - y[:, :seeds]
+    better = estimate((difference > 0) + 0.5 * (difference == 0))
+    return estimate(difference), better._replace(low=np.maximum(better.low, 0), high=np.minimum(better.high, 1))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -103,25 +124,55 @@ def number(x):
     return f"{x:.0f}" if abs(x) >= 100 else f"{x:.1f}"
 
 
+def around(e, show=number):
+    """The interval of an Estimate: " [low, high]" over seeds, " (trials low to high)" over those of one seed, or ""."""
+    if np.isnan(e.low):
+        return ""
+    low, high = show(e.low), show(e.high)
+    return f" [{low}, {high}]" if e.over == "seeds" else f" (trials {low} to {high})"
+
+
+def ranged(e, show=number):
+    """An Estimate as text: mean and interval; "-" if nothing was measured."""
+    return "-" if np.isnan(e.mean) else show(e.mean) + around(e, show)
+
+
 def cell(x):
-    """mean / IQM [interval of the mean] of x (tasks, seeds, trials); "-" if a task was not evaluated."""
-    s = statistics(x)
-    around = "" if np.isnan(s["mean_low"]) else f" [{number(s['mean_low'])}, {number(s['mean_high'])}]"
-    return "-" if np.isnan(s["mean"]) else f"{number(s['mean'])} / {number(s['iqm'])}{around}"
+    """mean / IQM and interval of the mean of x (tasks, seeds, trials); "-" if a task was not evaluated."""
+    e = estimate(x)
+    return "-" if np.isnan(e.mean) else f"{number(e.mean)} / {number(iqm(x.ravel()))}{around(e)}"
+
+
+def heading(results):
+    """What the cells of a table of returns hold, for its corner."""
+    seeds = sorted({r.returns["zero"].shape[1] for r in results})
+    kinds = ["one seed: (95 % over its trials, not over runs)"] if seeds[0] == 1 else []
+    if seeds[-1] > 1:
+        kinds.append(f"[95 % over {' or '.join(str(n) for n in seeds if n > 1)} seeds]")
+    return f"return: mean / IQM, {', '.join(kinds)}"
 
 
 def returns_table(result, index):
     """A row per task, a column per policy; of the two that need no network the mean only."""
-    return grid(["return: mean / IQM [95 %]", *result.returns], [
+    return grid([heading([result]), *result.returns], [
         [label, *(number(x[which].mean()) if policy in ("random", "zero") else cell(x[which])
                   for policy, x in result.returns.items())]
         for label, which in rows_of(result, index)])
 
 
+def episodes_table(result, policy, index):
+    """A row per task, a column for some of the trial's episodes: 1, 2, 4, ..., as many as trained on, the last."""
+    x = result.episodes[policy]
+    columns = {2**k for k in range(x.shape[-1].bit_length())} | {x.shape[-1]}
+    columns = sorted(columns | {min(result.agent.config.episodes_per_trial, x.shape[-1])})
+    return grid(["return of episode", *columns], [
+        [label, *(ranged(estimate(x[which][..., e - 1])) for e in columns)] for label, which in rows_of(result, index)])
+
+
 def projections_table(results):
     """Rows trained-on, columns evaluated-on; a row for each group of tasks of every run."""
     columns = list(dict.fromkeys(c for r in results for c in r.projections))
-    return grid(["trained on \\ evaluated on", *columns], [
+    return grid([f"trained on \\ evaluated on; {heading(results)}", *columns], [
         [f"{label_of(r)}: {r.agent.family}, tasks {group}",
          *(cell(r.projections[c][index]) if c in r.projections else "-" for c in columns)]
         for r in results for group, index in groups(r).items()])
@@ -129,27 +180,23 @@ def projections_table(results):
 
 def comparison_table(results, shown, index):
     """A row per task, a column per run; the runs have the same tasks."""
-    return grid(["return: mean / IQM [95 %]", *map(label_of, results)], [
+    return grid([heading(results), *map(label_of, results)], [
         [label, *(cell(r.returns[shown][which]) for r in results)]
         for label, which in rows_of(results[0], index)])
 
 
-def improvements(results, shown):
-    """[{run, other, tasks, mean, mean_low, mean_high}]: P(run beats other), all pairs and groups of tasks."""
-    rows = []
-    for group, index in groups(results[0]).items():
-        for i, a in enumerate(results):
-            for b in results[i + 1:]:
-                value, low, high = improvement(a.returns[shown][index], b.returns[shown][index])
-                rows.append({"run": label_of(a), "other": label_of(b), "tasks": group, "mean": value,
-                             "mean_low": low, "mean_high": high})
-    return rows
+def comparisons(results, shown):
+    """[(run, other, group of tasks, *compare(run, other))] for all pairs of runs, which have the same tasks."""
+    return [(label_of(a), label_of(b), group, *compare(a.returns[shown][index], b.returns[shown][index]))
+            for group, index in groups(results[0]).items()
+            for i, a in enumerate(results) for b in results[i + 1:]]
 
 
-def improvements_table(rows):
-    return grid(["probability of improvement", "tasks", "P [95 %]"], [
-        [f"{r['run']} > {r['other']}", r["tasks"],
-         f"{r['mean']:.2f} [{r['mean_low']:.2f}, {r['mean_high']:.2f}]"] for r in rows])
+def comparisons_table(rows):
+    return grid(["run - other, in the same trials", "tasks", "difference of returns [95 %]",
+                 "P(run better) [95 %]"], [
+        [f"{run} - {other}", group, ranged(difference), ranged(better, "{:.2f}".format)]
+        for run, other, group, difference, better in rows])
 
 
 def write_csv(path, rows):
@@ -173,18 +220,22 @@ def write_tables(result, folder):
             for column, x in result.projections.items():
                 trained = {"trained_on": result.agent.family, "evaluated_on": column}
                 tables["projections"].append(row | trained | statistics(x[which]))
-    edges = -(-np.arange(BINS + 1) * result.horizon // BINS)
     for i, task in enumerate(result.tasks):
+        edges = np.ceil(np.arange(BINS + 1) * result.horizon[i] / BINS).astype(int)
         for policy in result.returns:
             row = run | {"task": task, "policy": policy}
             for (s, k), value in np.ndenumerate(result.returns[policy][i]):
                 place = {"seed": result.agent.seeds[s], "trial": k, "return": float(value)}
                 tables["trials"].append(row | place)
-            for b, (mean, low, high) in enumerate(zip(*curve_statistics(result.curves[policy][i]))):
-                place = {"from_step": int(edges[b]), "to_step": int(edges[b + 1])}
-                tables["curves"].append(row | place | {"reward": mean, "low": low, "high": high})
-            for e, (mean, low, high) in enumerate(zip(*curve_statistics(result.episodes[policy][i]))):
-                tables["episodes"].append(row | {"episode": e, "return": mean, "low": low, "high": high})
+            *curve, over = estimate(result.curves[policy][[i]])
+            for b, (mean, low, high) in enumerate(zip(*curve)):
+                place = {"from_step": edges[b], "to_step": edges[b + 1]}
+                tables["curves"].append(
+                    row | place | {"reward": mean, "low": low, "high": high, "interval_over": over})
+            *curve, over = estimate(result.episodes[policy][[i]])
+            for e, (mean, low, high) in enumerate(zip(*curve)):
+                tables["episodes"].append(
+                    row | {"episode": e + 1, "return": mean, "low": low, "high": high, "interval_over": over})
     for name, rows in tables.items():
         if rows:
             write_csv(folder / f"{name}.csv", rows)
@@ -217,66 +268,81 @@ def save(figure, path):
     plt.close(figure)
 
 
+def whiskers(results):
+    """What the intervals of a picture mean."""
+    seeds = {r.returns["zero"].shape[1] for r in results}
+    if seeds == {1}:
+        return "95 % over the trials of one seed, not over runs"
+    return "95 % over seeds" + (", or over the trials of the only seed" if 1 in seeds else "")
+
+
 def dots(axis, series, labels, xlabel):
-    """Horizontal dot plot of series [(name, style, statistics of each label)] with intervals."""
-    for k, (name, (colour, marker, _), stats) in enumerate(series):
+    """Horizontal dot plot of series [(name, style, an Estimate for each label)] with intervals."""
+    for k, (name, (colour, marker, _), estimates) in enumerate(series):
         y = np.arange(len(labels)) + (k - (len(series) - 1) / 2) * 0.8 / len(series)
-        mean, low, high = (np.array([s[f] for s in stats]) for f in ("mean", "mean_low", "mean_high"))
-        around = np.nan_to_num(np.maximum([mean - low, high - mean], 0))
-        axis.errorbar(mean, y, xerr=around, fmt=marker, color=colour, ms=4, lw=1, capsize=1.5, label=name)
+        mean = np.array([e.mean for e in estimates])
+        half = np.nan_to_num([e.high - e.mean for e in estimates])
+        axis.errorbar(mean, y, xerr=half, fmt=marker, color=colour, ms=4, lw=1, capsize=1.5, label=name)
     axis.set(yticks=range(len(labels)), yticklabels=labels, xlabel=xlabel, ylim=(len(labels) - 0.5, -0.5))
     for y in np.arange(len(labels) - 1) + 0.5:
         axis.axhline(y, color="0.8", lw=0.5)
     axis.grid(axis="y", visible=False)
 
 
-def plot_returns(series, result, path, better=()):
-    """A panel per group of tasks for series [(name, style, returns)], one for `better` (improvements)."""
+def plot_intervals(series, results, path, better=()):
+    """A panel per group of tasks for series [(name, style, returns)], one for `better` (see comparisons)."""
+    result = results[0]
     height = [len(rows_of(result, i)) * (0.15 + 0.09 * len(series)) for i in groups(result).values()]
-    height += [0.3 + 0.3 * len(better)] * bool(better)
+    if better:
+        height.append(0.3 + 0.3 * len(better))
     figure, axes = panels(len(height), 1, figsize=(7, 1 + sum(height)), height_ratios=height)
     for axis, (group, index) in zip(axes[:, 0], groups(result).items()):
         rows = rows_of(result, index)
-        dots(axis, [(name, style, [statistics(x[which]) for _, which in rows]) for name, style, x in series],
-             [label for label, _ in rows], "return of an episode (mean, 95 % interval)")
+        dots(axis, [(name, style, [estimate(x[which]) for _, which in rows]) for name, style, x in series],
+             [label for label, _ in rows], f"return of an episode (mean; {whiskers(results)})")
         axis.set_title(f"tasks {group}", loc="left")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     if better:
         axis = axes[-1, 0]
-        dots(axis, [("", (BLACK, "o", "-"), better)],
-             [f"{r['run']} > {r['other']}, {r['tasks']}" for r in better],
-             "probability of improvement (95 % interval; dashed: no difference)")
+        dots(axis, [("", (BLACK, "o", "-"), [row[-1] for row in better])],
+             [f"{run} > {other}, {group}" for run, other, group, *_ in better],
+             "probability of a better return in the same trial (dashed: no difference)")
         axis.axvline(0.5, color=BLACK, lw=0.8, ls="--")
         axis.set_xlim(0, 1)
     save(figure, path)
 
 
-def plot_over(series, result, x, xlabel, ylabel, least, path):
-    """A panel per task for series [(name, style, data (tasks, seeds, trials, K))] over x (K,). DMControl: from 0 to
-    `least` or more."""
+def plot_over(series, results, x, xlabel, ylabel, least, path, mark=None):
+    """A panel per task for series [(name, style, data (tasks, seeds, trials, K))] over x[task] (K,).
+
+    DMControl: from 0 to `least` or more. mark: where on the x axis to draw a dashed line.
+    """
+    result = results[0]
     columns = min(4, len(result.tasks))
-    rows = -(-len(result.tasks) // columns)
+    rows = math.ceil(len(result.tasks) / columns)
     figure, axes = panels(rows, columns, figsize=(2.5 * columns + 0.5, 1.9 * rows + 0.8), sharex=True)
     for axis in axes.ravel()[len(result.tasks):]:
         axis.axis("off")
     for i, (axis, task) in enumerate(zip(axes.ravel(), result.tasks)):
         for name, (colour, marker, line), data in series:
-            mean, low, high = curve_statistics(data[i])
-            axis.plot(x, mean, line, color=colour, marker=marker, ms=2.5, lw=1.2, label=name)
-            axis.fill_between(x, low, high, color=colour, alpha=0.18, lw=0)
+            mean, low, high, _ = estimate(data[[i]])
+            axis.plot(x[i], mean, line, color=colour, marker=marker, ms=2.5, lw=1.2, label=name)
+            axis.fill_between(x[i], low, high, color=colour, alpha=0.18, lw=0)
         axis.set_title(task + ("" if task in result.agent.tasks else " (held out)"), fontsize=9)
+        if mark is not None:
+            axis.axvline(mark, color=BLACK, lw=0.8, ls="--")
         if result.agent.dmc:
             axis.set_ylim(0, max(axis.get_ylim()[1], least))
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=min(4, 1 + columns))
-    figure.supxlabel(xlabel, fontsize=9)
+    figure.supxlabel(f"{xlabel} (bands: {whiskers(results)})", fontsize=9)
     figure.supylabel(ylabel, fontsize=9)
     save(figure, path)
 
 
-def plot_curves(series, result, path):
+def plot_curves(series, results, path):
     """Reward against time since the trial began, see plot_over."""
-    steps = (np.arange(BINS) + 0.5) * result.horizon / BINS
-    plot_over(series, result, steps, "environment steps since the trial began", "reward per step", 0.05, path)
+    steps = [(np.arange(BINS) + 0.5) * steps / BINS for steps in results[0].horizon]
+    plot_over(series, results, steps, "environment steps since the trial began", "reward per step", 0.05, path)
 
 
 def plot_projections(results, path):
@@ -285,10 +351,14 @@ def plot_projections(results, path):
     names = list(groups(results[0]))
     size = (1.6 + 0.95 * len(columns), len(names) * (1.0 + 0.45 * len(results)) + 0.6)
     figure, axes = panels(len(names), 1, figsize=size)
+
+    def mean(result, column, group):
+        if column not in result.projections or group not in groups(result):
+            return np.nan
+        return result.projections[column][groups(result)[group]].mean()
+
     for axis, group in zip(axes[:, 0], names):
-        known = lambda r, c: c in r.projections and group in groups(r)  # noqa: E731
-        mean = lambda r, c: r.projections[c][groups(r)[group]].mean() if known(r, c) else np.nan  # noqa: E731
-        values = np.array([[mean(r, c) for c in columns] for r in results])
+        values = np.array([[mean(r, c, group) for c in columns] for r in results])
         top = np.nanmax([*values.ravel(), 1e-3])
         image = axis.imshow(values, cmap="cividis", aspect="auto", vmin=0, vmax=top)
         for (i, j), value in np.ndenumerate(values):
@@ -310,19 +380,20 @@ def plot_projections(results, path):
 # ---------------------------------------------------------------------------------------------------------
 NOTES = """## How to read this
 
-Returns are sums of rewards over an episode (the mean of a trial's episodes if there are several). Cells are
-mean / interquartile mean [95 % bootstrap interval of the mean, over seeds and trials within seeds, tasks kept
-apart]; the CSV files have the interval of every number. *memory* is the agent; *reset* the same agent with
-its memory cleared before every step (it still sees its last action and reward); *random* acts uniformly,
-*zero* with zeros; *sampled* and *mode* say how the policy becomes an action. All lived the same trials, from
-fixed keys. Curves leave out trials that are over."""
+Returns are sums of rewards over an episode (the mean of a trial's episodes if there are several); IQM is the
+interquartile mean. [low, high] is a 95 % t interval of the mean over seeds, that is over training runs: every seed
+counts once, by its mean over its own trials and the tasks. Of a run with one seed nothing is known about other runs:
+(trials low to high) is a 95 % interval over that seed's trials, and the next seed may lie far outside. Differences are
+between policies or runs in the same trials. *memory* is the agent; *reset* the same agent with its memory cleared
+before every step (it still sees its last action and reward); *random* acts uniformly, *zero* with zeros; *sampled* and
+*mode* say how the policy becomes an action. Trials come from fixed keys. Curves leave out trials that are over."""
 
 
 def describe(result):
     a, (_, seeds, trials) = result.agent, result.returns["zero"].shape
     return (f"{label_of(result)}: {a.trainer.__name__}, memory {a.config.memory}, projection {a.family}, "
             f"trained for {a.steps:,} steps on {', '.join(a.tasks)}; "
-            f"{seeds} seed{'s' * (seeds > 1)} x {trials} trials per task")
+            f"{seeds} seed{'s' if seeds > 1 else ''} x {trials} trials per task")
 
 
 def write_report(result, shown, folder):
@@ -330,19 +401,25 @@ def write_report(result, shown, folder):
     for stale in ("projections.csv", "projections.png", "episodes.png"):  # of an evaluation with other flags
         (folder / stale).unlink(missing_ok=True)
     write_tables(result, folder)
-    policies = (shown, shown.replace("memory", "reset"), "random")
-    chosen = lambda data: [(p, STYLE[p], data[p]) for p in policies]  # noqa: E731
-    plot_returns([(p, STYLE[p], x) for p, x in result.returns.items()], result, folder / "returns.png")
-    plot_curves(chosen(result.curves), result, folder / "curves.png")
+
+    def chosen(data):
+        return [(p, STYLE[p], data[p]) for p in (shown, shown.replace("memory", "reset"), "random")]
+
+    plot_intervals([(p, STYLE[p], x) for p, x in result.returns.items()], [result], folder / "returns.png")
+    plot_curves(chosen(result.curves), [result], folder / "curves.png")
     parts = [f"# {label_of(result)}", describe(result) + "."]
     for group, index in reversed(groups(result).items()):
         parts += [f"## Tasks {group}", returns_table(result, index)]
     parts += ["![returns](returns.png)", "## In context", "Reward by time since the trial began, with memory "
               "and with memory reset at every step.", "![curves](curves.png)"]
-    episodes = result.episodes[shown].shape[-1]
+    episodes, trained = result.episodes[shown].shape[-1], result.agent.config.episodes_per_trial
     if episodes > 1:
-        plot_over(chosen(result.episodes), result, 1 + np.arange(episodes), "episode of the trial",
-                  "return of the episode", 50, folder / "episodes.png")
+        mark = trained + 0.5 if trained < episodes else None
+        numbers = [1 + np.arange(episodes)] * len(result.tasks)
+        plot_over(chosen(result.episodes), [result], numbers, "episode of the trial", "return of the episode", 50,
+                  folder / "episodes.png", mark)
+        parts += ["## By episode", f"Return of each episode of a trial ({shown}). In training a trial had {trained}."]
+        parts += [episodes_table(result, shown, index) for index in groups(result).values()]
         parts += ["![episodes](episodes.png)"]
     if result.projections:
         plot_projections([result], folder / "projections.png")
@@ -350,39 +427,53 @@ def write_report(result, shown, folder):
                   "only the first k outputs of the projection are shown, the rest are zero.",
                   projections_table([result]), "![projections](projections.png)"]
     replays = sorted(folder.glob("replay-*.html"))
-    replays = [f"- [{r.stem.removeprefix('replay-')}]({r.name})" for r in replays]
-    parts += ["## Replays", "\n".join(replays)] * bool(replays)
+    if replays:
+        parts += ["## Replays", "\n".join(f"- [{r.stem.removeprefix('replay-')}]({r.name})" for r in replays)]
     (folder / "report.md").write_text("\n\n".join([*parts, NOTES]) + "\n")
 
 
 def write_comparison(results, shown, folder):
-    """comparison.csv, improvement.csv, pictures, and comparison.md around them. Returns the text to print."""
+    """comparison.csv, improvement.csv, pictures, and comparison.md around them.
+
+    Returns:
+      the text to print.
+
+    Raises:
+      ValueError: if the runs share no task.
+    """
     tasks = [t for t in results[0].tasks if all(t in r.tasks for r in results)]
     if not tasks:
         raise ValueError("these runs have no task in common to be compared on")
     projected = [r for r in results if r.projections]
-    shared = [[r.tasks.index(t) for t in tasks] for r in results]
-    results = [r._replace(tasks=tuple(tasks), returns={p: x[index] for p, x in r.returns.items()},
-                          curves={p: x[index] for p, x in r.curves.items()}) for r, index in zip(results, shared)]
+
+    def only_shared(r):
+        index = [r.tasks.index(t) for t in tasks]
+        return r._replace(tasks=tuple(tasks), returns={p: x[index] for p, x in r.returns.items()},
+                          curves={p: x[index] for p, x in r.curves.items()},
+                          horizon=tuple(r.horizon[i] for i in index))
+
+    results = [only_shared(r) for r in results]
     first, styles = results[0], RUN_STYLES * len(results)
-    better = improvements(results, shown)
-    write_csv(folder / "improvement.csv", better)
+    better = comparisons(results, shown)
+    write_csv(folder / "improvement.csv", [
+        {"run": run, "other": other, "tasks": group, "difference": d.mean, "difference_low": d.low,
+         "difference_high": d.high, "better": p.mean, "better_low": p.low, "better_high": p.high,
+         "interval_over": d.over} for run, other, group, d, p in better])
     write_csv(folder / "comparison.csv", [
         {"run": label_of(r), "tasks": group, "task": label, **statistics(r.returns[shown][which])}
         for group, index in groups(first).items() for label, which in rows_of(first, index) for r in results])
-    plot_returns([(label_of(r), style, r.returns[shown]) for r, style in zip(results, styles)], first,
-                 folder / "comparison.png", better)
-    plot_curves([(label_of(r), style, r.curves[shown]) for r, style in zip(results, styles)], first,
+    plot_intervals([(label_of(r), style, r.returns[shown]) for r, style in zip(results, styles)], results,
+                   folder / "comparison.png", better)
+    plot_curves([(label_of(r), style, r.curves[shown]) for r, style in zip(results, styles)], results,
                 folder / "comparison_curves.png")
-    parts = [improvements_table(better)]
+    parts, pictures = [comparisons_table(better)], ["![comparison](comparison.png)",
+                                                    "![in context](comparison_curves.png)"]
     if projected:
         plot_projections(projected, folder / "trained_on_evaluated_on.png")
+        pictures.append("![projections](trained_on_evaluated_on.png)")
         parts += ["## Projections: trained on, evaluated on", projections_table(projected)]
     for group, index in groups(first).items():
         parts += [f"## Tasks {group} ({label_of(first)})", comparison_table(results, shown, index)]
-    pictures = ["![comparison](comparison.png)", "![in context](comparison_curves.png)",
-                "![projections](trained_on_evaluated_on.png)"]
-    pictures = pictures[:2 + bool(projected)]
     head = [f"# Comparison ({shown})", "\n".join(f"- {describe(r)}" for r in results), *pictures]
     (folder / "comparison.md").write_text("\n\n".join([*head, *parts, NOTES]) + "\n")
     return "\n\n".join(parts)

@@ -16,6 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import scipy.stats
+import train_lstm
 
 import dmc
 import envs
@@ -23,7 +24,6 @@ import evaluate
 import physics
 import replay
 import report
-import train_lstm
 import train_s5
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,11 +66,13 @@ def result(run):
 
 
 @pytest.fixture(scope="module")
-def start(run):
-    """(agent, lanes, the function that gives the starts of `result`)."""
+def starts(run):
+    """(agent, lanes of TASKS[1], {family: (state, inputs)} of the trials of `result`'s second seed on it)."""
     agent = evaluate.load(run)
-    lanes = evaluate.make_lanes(agent, TASKS, 3, 1)
-    return agent, lanes, evaluate.starts(agent, lanes)
+    lanes = evaluate.make_lanes(agent, TASKS[1], 3, 1)
+    families = ["gaussian", "identity", "orthogonal"]
+    found = evaluate.make_start(agent, lanes, families)(evaluate.trial_keys(TASKS[1], 1))
+    return agent, lanes, {family: jax.tree.map(lambda x: x[v], found) for v, family in enumerate(families)}
 
 
 @pytest.fixture(scope="module")
@@ -99,13 +101,13 @@ def test_two_calls_give_the_same_table_and_files(run, capsys):
     assert all((run / "eval" / name).stat().st_size > 1000 for name in re.findall(r"!\[\w+\]\((.+?)\)", text))
 
 
-@pytest.mark.parametrize("policy,forget", [("memory, mode", False), ("reset, mode", True)])
-def test_memory_and_reset_equal_a_hand_rolled_loop(start, result, policy, forget):
+@pytest.mark.parametrize("policy,reset_every_step", [("memory, mode", False), ("reset, mode", True)])
+def test_memory_and_reset_equal_a_hand_rolled_loop(starts, result, policy, reset_every_step):
     """The network applied to one-step sequences, in a loop over a single set of lanes."""
-    agent, lanes, start = start
-    state, inputs = start("gaussian")
+    agent, lanes, starts = starts
+    state, inputs = starts["gaussian"]
     network = train_s5.make_network(agent.config, lanes)
-    memory = train_s5.make_memory(agent.config, jnp.float32).zero_state((6,))
+    memory = train_s5.make_memory(agent.config, jnp.float32).zero_state((3,))
     params = jax.tree.map(lambda x: x[1], agent.params)  # second seed
 
     @jax.jit
@@ -116,16 +118,16 @@ def test_memory_and_reset_equal_a_hand_rolled_loop(start, result, policy, forget
 
     rewards = []
     for t in range(150):  # three bins: then rounding errors have grown, because the pole is chaotic
-        state, inputs, memory, out = step(state, inputs, memory, jnp.full(6, forget or t == 0))
+        state, inputs, memory, out = step(state, inputs, memory, jnp.full(3, reset_every_step or t == 0))
         rewards.append(out.reward)
-    assert_starts_as(result, policy, 1, np.array(rewards).reshape(150, 2, 3))
+    assert_starts_as(result, policy, 1, 1, np.array(rewards))
 
 
-def assert_starts_as(result, policy, seed, rewards):
-    """The first three bins of `result` are those of `rewards` (150, tasks, trials)."""
-    expected = np.moveaxis(rewards.reshape(3, 50, 2, 3).mean(1), 0, -1)
-    assert expected.max() > 0.3 and np.ptp(expected) > 0.1
-    np.testing.assert_allclose(result.curves[policy][:, seed, :, :3], expected, rtol=5e-3, atol=1e-3)
+def assert_starts_as(result, policy, task, seed, rewards):
+    """The first three bins of `result` are those of `rewards` (150, trials)."""
+    expected = rewards.reshape(3, 50, 3).mean(1).T
+    np.testing.assert_allclose(result.curves[policy][task, seed, :, :3], expected, rtol=5e-3, atol=1e-3)
+    assert task == 0 or expected.max() > 0.3 and np.ptp(expected) > 0.1  # a hanging pole pays little
 
 
 def test_memory_matters_to_the_agent(result):
@@ -134,28 +136,45 @@ def test_memory_matters_to_the_agent(result):
 
 
 @pytest.mark.parametrize("policy", ["zero", "random"])
-def test_references_equal_bare_environments(start, result, policy):
+def test_references_equal_bare_environments(run, result, policy):
     """Zero and random actions, stepped in the task itself: no lanes, no network."""
-    state, _ = start[2]("gaussian")
-    place = list(evaluate.POLICIES).index("random")
-
-    def uniform(t):
-        key = jax.random.split(jax.random.fold_in(jax.random.PRNGKey(evaluate.KEY), t))[1]
-        return jax.random.uniform(key, (len(evaluate.POLICIES), 6, 2), minval=-1.0, maxval=1.0)[place]
-
-    actions, rewards = jax.vmap(uniform)(jnp.arange(150)) * (policy == "random"), []
+    agent = evaluate.load(run)
+    place, variants = list(result.returns).index("random"), len(result.returns) + len(result.projections) - 1
     for i, task in enumerate(TASKS):
         env, params = envs.make(task)
-        matrix = state.act_matrix[3 * i:3 * i + 3, :env.model.nu]
-        control = jnp.clip(jnp.einsum("nca,tna->tnc", matrix, actions[:, 3 * i:3 * i + 3]), -1, 1)
+        start = evaluate.make_start(agent, evaluate.make_lanes(agent, task, 3, 1), ["gaussian"])
 
         def step(s, u, env=env, params=params):
             _, s, reward, _, _ = jax.vmap(lambda s, u: env.step_env(None, s, u, params))(s, u)
             return s, reward
 
-        rewards.append(jax.jit(lambda s, u, step=step: jax.lax.scan(step, s, u)[1])(state.env[i], control))
-    for seed in range(2):
-        assert_starts_as(result, policy, seed, np.stack(rewards, 1))
+        live = jax.jit(lambda s, u, step=step: jax.lax.scan(step, s, u)[1])
+        for seed in range(2):
+            keys = evaluate.trial_keys(task, seed)
+
+            def uniform(t, noise=keys[3]):
+                key = jax.random.split(jax.random.fold_in(noise, t))[1]
+                return jax.random.uniform(key, (variants, 3, 2), minval=-1.0, maxval=1.0)[place]
+
+            state, _ = jax.tree.map(lambda x: x[0], start(keys))
+            actions = jax.vmap(uniform)(jnp.arange(150)) * (policy == "random")
+            control = jnp.clip(jnp.einsum("nca,tna->tnc", state.act_matrix, actions), -1, 1)
+            assert_starts_as(result, policy, i, seed, np.asarray(live(state.env[0], control)))
+
+
+def test_trials_do_not_depend_on_what_else_is_evaluated(run, result):
+    """One task, without projections, gives what it gives in the table of all."""
+    alone = evaluate.measure(evaluate.load(run), TASKS[1:], 3, 1, False, (), "memory, mode")
+    for policy, x in alone.curves.items():
+        np.testing.assert_allclose(x[0, ..., :3], result.curves[policy][1, ..., :3], rtol=5e-3, atol=1e-3)
+
+
+def test_every_seed_and_task_has_its_own_trials_and_noise(result):
+    """No two keys are alike: neither those of tasks or seeds, nor those of projections and action noise."""
+    keys = [evaluate.trial_keys(task, place) for task in dmc.TASKS for place in range(10)]
+    keys = np.concatenate(keys)
+    assert len(np.unique(keys, axis=0)) == len(keys) == len(dmc.TASKS) * 10 * 4
+    assert len(np.unique(result.curves["zero"][..., 0].round(6))) > 6  # 12 trials, other starts for each seed
 
 
 def test_bins_and_episodes_add_up_to_the_return(result):
@@ -173,7 +192,7 @@ def test_trials_that_end_early_and_trials_of_several_episodes(gym_run):
     found = evaluate.measure(agent, ("CartPole-v1",), 4, 3, False, (), "memory, sampled")
     for policy, x in found.returns.items():
         steps, curve = found.counts[policy], found.curves[policy]
-        assert found.horizon == 1500 and found.projections == {}
+        assert found.horizon == (1500,) and found.projections == {}
         np.testing.assert_allclose(steps.sum(-1), 3 * x)
         assert (curve[steps > 0] == 1).all() and np.isnan(curve[steps == 0]).all()
         np.testing.assert_allclose(found.episodes[policy].mean(-1), x)
@@ -181,7 +200,7 @@ def test_trials_that_end_early_and_trials_of_several_episodes(gym_run):
     assert len(np.unique(found.episodes["zero"])) > 1
 
 
-def test_summarise_by_hand():
+def test_reduce_trials_by_hand():
     """One variant, two lanes, 40 steps of 2 control steps: the second's trial of two episodes is over after 30."""
     alive = np.ones((40, 1, 2), bool)
     alive[30:, 0, 1] = False
@@ -189,38 +208,55 @@ def test_summarise_by_hand():
     end = np.zeros((40, 1, 2), bool)
     end[[19, 39], 0, 0] = end[[9, 29], 0, 1] = True
     out = {"reward": reward, "alive": alive, "episode_end": end}
-    returns, curves, counts, episodes = evaluate.summarise(out, 1, 2, 2)
-    np.testing.assert_array_equal(returns[0, 0], [390, 217.5])
-    np.testing.assert_array_equal(episodes[0, 0], [[190, 590], [45, 390]])
-    np.testing.assert_array_equal(counts[0, 0, 1], [2] * 15 + [0] * 5)
-    np.testing.assert_array_equal(curves[0, 0, 0], (np.arange(20) * 2 + 0.5) / 2)
+    returns, curves, counts, episodes = evaluate.reduce_trials(out, 2, 2)
+    np.testing.assert_array_equal(returns[0], [390, 217.5])
+    np.testing.assert_array_equal(episodes[0], [[190, 590], [45, 390]])
+    np.testing.assert_array_equal(counts[0, 1], [2] * 15 + [0] * 5)
+    np.testing.assert_array_equal(curves[0, 0], (np.arange(20) * 2 + 0.5) / 2)
+    end[19, 0, 0] = alive[20:, 0, 0] = False  # the first lane's second episode is never reached
+    out["reward"] = reward * alive
+    assert np.isnan(evaluate.reduce_trials(out, 2, 2)[3][0, 0, 1])
+
+
+def test_more_episodes_than_trained_on(gym_run, capsys):
+    """Return by episode, as a table on the screen and in the report, and as a curve."""
+    found, = evaluate.evaluate((gym_run,), trials=2, episodes=5)
+    x = found.episodes["memory, sampled"][0, 0].mean(0)
+    printed, text = capsys.readouterr().out, (gym_run / "eval" / "report.md").read_text()
+    table = report.episodes_table(found, "memory, sampled", [0])
+    assert table in printed and table in text and "In training a trial had 1." in text
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in table.splitlines()]
+    assert cells[0][1:] == ["1", "2", "4", "5"]
+    assert [float(c.split(" (trials")[0]) for c in cells[2][1:]] == [float(f"{x[e]:.1f}") for e in (0, 1, 3, 4)]
+    assert (gym_run / "eval" / "episodes.png").stat().st_size > 1000
 
 
 # -- projections --------------------------------------------------------------------------------------------
-def test_other_projections_meet_the_same_starts(start):
-    agent, _, start = start
-    (gaussian, _), (identity, inputs), (other, _) = start("gaussian"), start("identity"), start("orthogonal")
+def test_other_projections_meet_the_same_starts(starts):
+    agent, _, starts = starts
+    (gaussian, _), (identity, inputs), (other, _) = (starts[f] for f in ("gaussian", "identity", "orthogonal"))
     for a, b, c in zip(*(jax.tree.leaves(s.env) for s in (gaussian, identity, other))):
         np.testing.assert_array_equal(a, b)
         np.testing.assert_array_equal(a, c)
-    lanes = train_s5.make_lanes(agent.config, tasks=TASKS, num_lanes=6, projection="identity", stagger=False)
-    expected = evaluate.jit_once(lanes.reset)(jax.random.PRNGKey(evaluate.KEY))[1]
+    lanes = train_s5.make_lanes(agent.config, tasks=TASKS[1:], num_lanes=3, projection="identity", stagger=False)
+    expected = evaluate.jit_once(lanes.reset)(evaluate.trial_keys(TASKS[1], 1)[0])[1]
     np.testing.assert_allclose(inputs, expected, rtol=1e-5, atol=1e-6)
     columns = other.obs_matrix  # orthogonal, of one length
-    np.testing.assert_allclose(columns.mT @ columns, np.tile(np.eye(5) * 12 / 5, (6, 1, 1)), atol=1e-5)
+    np.testing.assert_allclose(columns.mT @ columns, np.tile(np.eye(5) * 12 / 5, (3, 1, 1)), atol=1e-5)
 
 
-def test_first_outputs_equal_a_smaller_projection(start):
-    _, lanes, start = start
-    state, _ = start("gaussian")
+def test_first_outputs_equal_a_smaller_projection(starts):
+    _, lanes, starts = starts
+    state, _ = starts["gaussian"]
+    shown = evaluate.output_of_channel(lanes) < 5
     matrix, inputs = state.obs_matrix.at[:, 5:].set(0), state.input.at[:, 5:12].set(0)
     smaller = state.replace(obs_matrix=matrix, input=inputs)
     step = jax.jit(lambda state, action: lanes.step(state, action, 1))
     for t in range(3):
-        action = jax.random.normal(jax.random.PRNGKey(t), (6, 2))
+        action = jax.random.normal(jax.random.PRNGKey(t), (3, 2))
         state, inputs, _ = step(state, action)
         smaller, expected, _ = step(smaller, action)
-        np.testing.assert_array_equal(inputs * evaluate.first_outputs(lanes, 5), expected)
+        np.testing.assert_array_equal(inputs * shown, expected)
     assert np.abs(inputs).max() > 0
 
 
@@ -235,60 +271,92 @@ def test_unprojected_agent_meets_projections(tmp_path):
     """Trained on bare observations, 4 numbers: tasks that do not fit are left out, projections all fit."""
     agent = evaluate.load(make_run(tmp_path / "bare", env=("point_mass-easy",), projection="none"))
     assert (agent.obs_size, agent.action_size) == (4, 2)
-    tasks = evaluate.choose_tasks(agent, ())
+    tasks = evaluate.choose_tasks(agent)
     assert tasks == ("point_mass-easy", "pendulum-swingup", "point_mass-hard")
-    with pytest.raises(ValueError, match="finger-spin does not fit"):
+    with pytest.raises(ValueError, match="finger-spin is too large .* --obs-size 9 and --action-size 2"):
         evaluate.choose_tasks(agent, ("finger-spin",))
-    lanes = evaluate.make_lanes(agent, tasks[:1], 2, 1)
-    state, inputs = evaluate.starts(agent, lanes)("identity")
+    lanes = evaluate.make_lanes(agent, tasks[0], 2, 1)
+    start = evaluate.make_start(agent, lanes, ["identity"])
+    state, inputs = jax.tree.map(lambda x: x[0], start(evaluate.trial_keys(tasks[0], 0)))
     assert inputs.shape[1] == 4 + 4 + 2 + 3  # with differences
     q = np.concatenate([state.env[0].qpos, state.env[0].qvel], 1)
     np.testing.assert_allclose(inputs[:, :4], np.sign(q) * np.log1p(np.abs(q)), rtol=1e-5)
 
 
+def test_choice_of_tasks(run):
+    agent = evaluate.load(run)
+    assert evaluate.choose_tasks(agent) == (TASKS[0], *envs.HELD_OUT_TASKS)
+    assert evaluate.choose_tasks(agent, held_out=("finger-spin",)) == (TASKS[0], "finger-spin")
+    assert evaluate.choose_tasks(agent, ("dmc:finger-spin",)) == ("finger-spin",)
+    assert evaluate.choose_tasks(agent, TASKS, ("finger-spin", TASKS[0])) == (*TASKS, "finger-spin")
+
+
 # -- statistics ---------------------------------------------------------------------------------------------
-def test_statistics_equal_numpy_and_scipy():
+@pytest.mark.parametrize("effect", [0, 60, 300])
+@pytest.mark.parametrize("seeds", [3, 5, 10])
+def test_intervals_cover_the_truth(seeds, effect):
+    """Simulated tables of six tasks, 16 trials: rare large returns, and an effect of the seed common to the tasks."""
+    rng, many = np.random.default_rng(seeds), 2000
+
+    def runs():
+        return rng.normal(size=(1, seeds, 1, many)) * effect + rng.normal(size=(6, seeds, 1, many)) * effect / 3
+
+    chance = np.array([0.1, 0.2, 0.3, 0.5, 0.8, 0.9])[:, None, None, None]
+    trials = 900 * (rng.random((6, seeds, 16, many)) < chance) + rng.normal(size=(6, seeds, 16, many)) * 20
+    x, y = trials + runs(), trials + runs() + rng.normal(size=trials.shape) * 100  # two runs in the same trials
+    truth = 900 * chance[:, 0, 0, 0]
+    cases = [(report.estimate(x), truth.mean()), (report.estimate(x[2:3]), truth[2]),
+             *zip(report.compare(x, y), (0, 0.5)), *zip(report.compare(x[3:4], y[3:4]), (0, 0.5))]
+    if (seeds, effect) == (3, 300):  # whole seeds are better or worse: three such answers bound no probability
+        del cases[3::2]
+    for e, value in cases:
+        assert e.over == "seeds"
+        assert 0.92 <= ((e.low <= value) & (value <= e.high)).mean() <= 0.98
+
+
+def test_statistics_equal_scipy():
     rng = np.random.default_rng(3)
     for n in (1, 2, 5, 8, 33):
         x = rng.normal(size=(4, n))
         np.testing.assert_allclose(report.iqm(x), scipy.stats.trim_mean(x, 0.25, axis=-1))
-    x = rng.gamma(2.0, size=(1, 1, 40))
+    x = rng.gamma(2.0, size=(3, 4, 5))
     s = report.statistics(x)
-    assert s["mean"] == x.mean()
-    trimmed = lambda v, axis: scipy.stats.trim_mean(v, 0.25, axis=axis)  # noqa: E731
-    for name, statistic in (("mean", np.mean), ("iqm", trimmed)):
-        expected = scipy.stats.bootstrap((x[0, 0],), statistic, n_resamples=20000, method="percentile",
-                                         rng=np.random.default_rng(0)).confidence_interval
-        np.testing.assert_allclose([s[f"{name}_low"], s[f"{name}_high"]], expected, rtol=0.03)
-    assert np.isnan(report.statistics(np.ones((3, 1, 1)))["mean_low"])
+    np.testing.assert_allclose([s["mean"], s["iqm"]], [x.mean(), scipy.stats.trim_mean(x.ravel(), 0.25)])
+    expected = scipy.stats.ttest_1samp(x.mean((0, 2)), 0).confidence_interval()
+    np.testing.assert_allclose([s["low"], s["high"]], expected)
+    difference, _ = report.compare(x, 2 * x[:, ::-1])
+    expected = scipy.stats.ttest_rel(x.mean((0, 2)), 2 * x[:, ::-1].mean((0, 2))).confidence_interval()
+    np.testing.assert_allclose([difference.low, difference.high], expected)
 
 
-def test_bootstrap_draws_seeds_and_keeps_tasks_apart():
-    """Two seeds of constant return: one in four draws holds one seed only, so the interval spans both."""
-    x = np.array([0.0, 10.0])[None, :, None] + np.zeros((1, 2, 50))
-    s = report.statistics(x)
-    assert (s["mean"], s["mean_low"], s["mean_high"]) == (5, 0, 10)
-    x = np.array([0.0, 100.0])[:, None, None] + np.zeros((2, 3, 4))  # tasks differ, nothing else does
-    s = report.statistics(x)
-    assert (s["mean"], s["mean_low"], s["mean_high"]) == (50, 50, 50)
-    assert (report.resample(x, 10) == np.array([0, 100])[:, None]).all()
-
-
-def test_probability_of_improvement_equals_mann_whitney():
+def test_one_seed_is_not_read_as_an_interval_over_runs():
     rng = np.random.default_rng(0)
-    x, y = rng.integers(0, 9, (3, 2, 5)).astype(float), rng.integers(2, 11, (3, 1, 7)).astype(float)
-    expected = np.mean([scipy.stats.mannwhitneyu(a.ravel(), b.ravel()).statistic / 70 for a, b in zip(x, y)])
-    value, low, high = report.improvement(x, y)
-    np.testing.assert_allclose(value, expected)
-    assert low < value < high
-    assert report.improvement(x, x)[0] == 0.5
+    x = rng.gamma(2.0, size=(3, 1, 8)) * 100
+    e = report.estimate(x)
+    expected = scipy.stats.ttest_1samp(x[:, 0].mean(0), 0).confidence_interval()
+    np.testing.assert_allclose([e.low, e.high], expected)
+    assert e.over == "trials" and report.statistics(x)["interval_over"] == "trials"
+    assert re.fullmatch(r"\d+ / \d+ \(trials [\d.]+ to [\d.]+\)", report.cell(x))
+    assert re.fullmatch(r"\d+ / \d+ \[-?[\d.]+, \d+\]", report.cell(np.concatenate([x, 2 * x], 1)))
+    assert np.isnan(report.estimate(x[:, :, :1]).low) and "(" not in report.cell(x[:, :, :1])
 
 
-def test_curve_statistics_leave_out_what_is_over():
-    x = np.array([[[1.0, 2.0], [3.0, np.nan]], [[5.0, 6.0], [7.0, np.nan]]])
-    mean, low, high = report.curve_statistics(x)
+def test_probability_of_improvement_pairs_trials_and_shared_seeds():
+    x = np.array([[[3.0, 1.0], [5.0, 5.0]]])
+    y = np.array([[[2.0, 4.0], [5.0, 1.0], [9.0, 9.0]]])
+    difference, better = report.compare(x, y)
+    assert (difference.mean, better.mean, better.over) == (0.5, 0.625, "seeds")
+    np.testing.assert_equal(report.compare(x, x)[1][:3], (0.5, np.nan, np.nan))  # no spread, no interval
+    assert report.compare(x[:, :1], y)[0].over == "trials"
+
+
+def test_estimates_leave_out_what_is_over_but_no_task():
+    x = np.array([[[[1.0, 2.0], [3.0, np.nan]], [[5.0, 6.0], [7.0, np.nan]]]])
+    mean, low, high, _ = report.estimate(x)
     np.testing.assert_array_equal(mean, [4, 4])
-    assert 1 <= low[0] < 4 < high[0] <= 7
+    assert (low < 4).all() and (high > 4).all()
+    both = report.estimate(np.stack([x[0, ..., 0], np.full((2, 2), np.nan)]))  # a task that was not evaluated
+    assert np.isnan(both.mean) and report.ranged(both) == "-"
 
 
 # -- comparison ---------------------------------------------------------------------------------------------
@@ -305,12 +373,12 @@ def test_comparison_of_runs(tmp_path, capsys):
     assert TASKS[1] in last and TASKS[0] not in last
     with (tmp_path / "out" / "improvement.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [(r["run"], r["other"], r["tasks"]) for r in rows] == [
-        ("lstm", "none", "trained on"), ("lstm", "none", "held out")]
+    assert [(r["run"], r["other"], r["tasks"], r["interval_over"]) for r in rows] == [
+        ("lstm", "none", "trained on", "trials"), ("lstm", "none", "held out", "trials")]  # one has a single seed
     for i, row in enumerate(rows):
-        a, b = (r.returns["memory, sampled"][i].ravel() for r in found)
-        expected = scipy.stats.mannwhitneyu(a, b).statistic / (len(a) * len(b))
-        np.testing.assert_allclose(float(row["mean"]), expected, atol=1e-6)
+        a, b = (r.returns["memory, sampled"][i, 0] for r in found)
+        np.testing.assert_allclose(float(row["difference"]), (a - b).mean(), rtol=1e-4)
+        np.testing.assert_allclose(float(row["better"]), (a > b).mean(), atol=1e-6)
     text = (tmp_path / "out" / "comparison.md").read_text()
     assert "none: identity" in text and "lstm: gaussian" in text
     assert all((tmp_path / "out" / name).exists() for name in re.findall(r"!\[\w+\]\((.+?)\)", text))
@@ -366,7 +434,7 @@ def test_poses_and_shapes_equal_the_model(task):
 def test_replay_page(run):
     """The page of a task with a target: nothing from a network, and the data that were recorded."""
     agent = evaluate.load(run)
-    data = evaluate.record(agent, "reacher-easy", 3, 1, "memory, mode")
+    data = evaluate.record_trial(agent, "reacher-easy", 3, 1, "memory, mode")
     path = run / "replay.html"
     replay.write(data, path)
     text = path.read_text()
@@ -402,7 +470,7 @@ def test_replay_page(run):
 
 def test_a_hostile_run_name_stays_text(run, tmp_path):
     """Nothing in the embedded data can open a tag or a comment, or end the script."""
-    data = evaluate.record(evaluate.load(run), TASKS[0], 1, 1, "memory, mode")
+    data = evaluate.record_trial(evaluate.load(run), TASKS[0], 1, 1, "memory, mode")
     name = "<!--<script>alert(1)</script>-->"
     replay.write(data | {"run": name}, tmp_path / "replay.html")
     text = (tmp_path / "replay.html").read_text()
@@ -413,7 +481,7 @@ def test_a_hostile_run_name_stays_text(run, tmp_path):
 
 def test_replay_is_a_trial_of_the_table(run, result):
     """The recorded trial is that of median return, and both its sides have the returns of the table."""
-    data = evaluate.record(evaluate.load(run), TASKS[0], 3, 1, "memory, mode")
+    data = evaluate.record_trial(evaluate.load(run), TASKS[0], 3, 1, "memory, mode")
     for side, policy in zip(data["sides"], ("memory, mode", "reset, mode")):
         expected = result.curves[policy][0, 0, data["trial"], :3]
         found = side["reward"][:150].reshape(3, 50).mean(1)
@@ -459,6 +527,9 @@ def test_refusals(run, gym_run, tmp_path, monkeypatch, capsys):
     assert "no usable checkpoint" in refusal(other)
     assert "finger-spin" in refusal(run, "--tasks", "finger-spine")
     assert "finger-spin" in refusal(run, "--replay", "finger-spine")
+    assert "finger-spin" in refusal(run, "--held-out", "finger-spine")
+    small = make_run(tmp_path / "small", state_size=8, obs_size=6)
+    assert "needs a network trained with --obs-size 12" in refusal(small, "--held-out", "finger-turn_easy")
     assert "size 13" in refusal(run, "--sizes", "13")
     assert "trials" in refusal(run, "--trials", "0")
     assert "replays draw DMControl tasks only" in refusal(gym_run, "--replay", "CartPole-v1")
