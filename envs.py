@@ -12,6 +12,7 @@ After Lu et al. 2023 (arXiv 2303.03982), an agent meets a task through *random l
 and action, fresh ones in every trial: see Lanes. The DMControl tasks are in dmc.py; popgym.py and brax are wanted for
 their tasks only.
 """
+import ast
 import dataclasses
 import difflib
 import math
@@ -88,6 +89,20 @@ class Brax(environment.Environment):
 def is_dmc(name):
     """Whether `name` is one of the DMControl tasks, with or without "dmc:"."""
     return name.removeprefix("dmc:") in dmc.TASKS
+
+
+def parse_kwargs(texts):
+    """The kwargs of `make` from texts: ("memory_length=64",) -> {"memory_length": 64}. Raises ValueError."""
+    kwargs = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"env_kwargs {text!r}: expected KEY=VALUE")
+        try:
+            kwargs[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            kwargs[name] = value
+    return kwargs
 
 
 def make(name, backend="fused", **kwargs):

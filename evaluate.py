@@ -21,7 +21,6 @@ tables, pictures) and replay.py.
 
 import difflib
 import importlib
-import json
 import os
 import sys
 import zlib
@@ -36,11 +35,11 @@ import tyro
 
 import dmc
 import envs
+import experiment
 import replay as replay_page
 import report
 from report import BINS
 
-HERE = Path(__file__).resolve().parent
 EVAL_SEED = 230303982  # all randomness of an evaluation
 SAMPLE, MODE, RANDOM, ZERO = range(4)
 POLICIES = {  # name: (kind of action, whether the memory is reset before every step)
@@ -75,36 +74,27 @@ def load(folder):
     Raises ValueError, one sentence, if there is no run, no checkpoint, or not one that this code can read.
     """
     folder = Path(folder)
+    config, options = experiment.read_run(folder)
+    trainer = importlib.import_module(type(config).__module__)
     try:
-        saved = json.loads((folder / "config.json").read_text())
-        name, values = saved["trainer"], saved["config"]
-    except OSError:
-        raise ValueError(f"{folder} is not a run folder: it holds no readable config.json") from None
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{folder}/config.json was not written by a trainer of this project") from None
-    if not (HERE / f"{name}.py").is_file():
-        raise ValueError(f"{folder} was written by {name}.py, which is not beside evaluate.py")
-    trainer = importlib.import_module(name)
-    try:
-        config = trainer.load_config(values)
         train = trainer.make_train(config)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder}/config.json does not fit {name}.py: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{folder}/config.json does not fit {trainer.__name__}.py: {error}") from None
     if not (folder / "checkpoints").is_dir():
         raise ValueError(f"{folder} holds no checkpoint: it has no folder checkpoints/")
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     groups = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here),
-                          jax.eval_shape(lambda: trainer.init_groups(config, train)))
+                          jax.eval_shape(lambda: experiment.init_groups(train, config, options)))
     manager = ocp.CheckpointManager((folder / "checkpoints").absolute(), options=ocp.CheckpointManagerOptions(
         create=False))
     try:
-        update, groups = trainer.restore(manager, groups)
+        update, groups = experiment.restore(manager, groups)
     finally:
         manager.close()
     params = jax.tree.map(lambda *x: jnp.concatenate(x), *(group.params for group in groups))
-    members, settings = trainer.members_of(config), trainer.settings_of(config)
+    members, settings = experiment.members_of(config, options), experiment.settings_of(config, options)
     if len(settings) > 1:
-        scores = trainer.final_scores(config, train.lanes.tasks, folder).mean(1)
+        scores = experiment.final_scores(config, options, folder).mean(1)
         best = settings[int(np.nanargmax(scores.reshape(len(settings), -1).mean(1)))]
         print(f"{folder} is a sweep: its best setting at the end of training is evaluated, {best}")
         index = np.array([i for i, (setting, _) in enumerate(members) if setting == best])
@@ -240,7 +230,7 @@ def make_rollout(agent, lanes, record=False):
     episode_end, diverged; with record=True also qpos, target, inputs and action, as they were when the agent
     acted.
     """
-    network = agent.trainer.make_network(agent.config, lanes)
+    network = agent.trainer.ActorCritic(agent.config, lanes.action_size, lanes.discrete)
     memory = agent.trainer.make_memory(agent.config, jnp.float32)
     steps = horizon(lanes)
     one_episode = lanes.episodes_per_trial == 1  # then no spare start is ever taken: draw none

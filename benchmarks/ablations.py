@@ -1,7 +1,7 @@
 """What single choices are worth, each against the same baseline: small tables of final returns over seeds.
 
     python benchmarks/ablations.py                                  # on MemoryChain, length 32
-    python benchmarks/ablations.py --env reacher-easy --total-steps 2000000
+    python benchmarks/ablations.py --env reacher-easy --total-timesteps 2000000
     python benchmarks/ablations.py --only baseline "never reset"
 
 Variants that do not apply (projections of what is not projected) are left out. The score and its interval are
@@ -33,14 +33,15 @@ def main():
     parser.add_argument("--env-kwargs", nargs="*", help="default: memory_length=32 for MemoryChain")
     parser.add_argument("--only", nargs="+", help="names of variants")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--total-steps", type=int, default=200_000)
+    parser.add_argument("--total-timesteps", type=int, default=200_000)
     parser.add_argument("--width", type=int, help="default: 32 for MemoryChain, else the trainer's")
     parser.add_argument("--out", type=Path, default=RESULTS / "ablations.csv")
     options = parser.parse_args()
     chain = options.env == "MemoryChain-bsuite"
     kwargs = options.env_kwargs if options.env_kwargs is not None else ["memory_length=32"] * chain
-    base = dict(env=(options.env,), env_kwargs=tuple(kwargs), total_steps=options.total_steps, num_lanes=32)
-    base |= dict(lr=3e-3, gae_lambda=0.5, width=32) if chain else dict(num_lanes=64, action_repeat=2)
+    base = dict(env=(options.env,), env_kwargs=tuple(kwargs), total_timesteps=options.total_timesteps,
+                num_envs=32)
+    base |= dict(lr=3e-3, gae_lambda=0.5, width=32) if chain else dict(num_envs=64, action_repeat=2)
     base |= {"width": options.width} if options.width else {}
     variants = VARIANTS | (PROJECTIONS if envs.is_dmc(options.env) else {})
     table = Table(options.out)

@@ -103,16 +103,16 @@ PY
 
 if [ -n "$SMALL" ]; then
   export JAX_DISABLE_MOST_OPTIMIZATIONS=1  # compiles sooner
-  tiny=(--env CartPole-v1 --num-lanes 8 --rollout-length 16 --width 8 --layers 1 --state-size 8
-        --minibatches 2 --log-every 2 --total-steps 512)
+  tiny=(--env CartPole-v1 --num-envs 8 --num-steps 16 --width 8 --layers 1 --state-size 8
+        --num-minibatches 2 --log-every 2 --total-timesteps 512)
   short=("${tiny[@]}") precision=("${tiny[@]}") goal=10
-  kernels=(--tasks CartPole-v1 --lanes 8 --set rollout_length=16 width=8 layers=1 state_size=8 minibatches=2)
+  kernels=(--tasks CartPole-v1 --lanes 8 --set num_steps=16 width=8 layers=1 state_size=8 num_minibatches=2)
   scan=(--lengths 16 32 --batches 2 --states 4 --chunk 8)
 else
   "$PYTHON" -c 'import jax, sys; sys.exit(jax.default_backend() == "cpu")' ||
     { echo "jax finds no accelerator here; SMALL=1 runs anywhere" >&2; exit 2; }
-  short=(--total-steps 94000000)  # two minutes at the million steps per second that are aimed at
-  precision=(--env cartpole-swingup --projection none --num-lanes 1024 --total-steps 30000000) goal=600
+  short=(--total-timesteps 94000000)  # two minutes at the million steps per second that are aimed at
+  precision=(--env cartpole-swingup --projection none --num-envs 1024 --total-timesteps 30000000) goal=600
   kernels=() scan=()
 fi
 six=ball_in_cup-catch+cartpole-swingup+finger-spin+finger-turn_hard+point_mass-easy+reacher-easy
@@ -145,7 +145,7 @@ bench scan scan "${scan[@]}"
 large sequence sequence --width 256 --layers 4 --batches 1 64 1024 --memory 40
 
 # 5. 8 to 64 seeds: side by side in one function (speed), and against separate runs (8, time with compilation)
-large train_seeds train --trainers train_s5 --lanes --rollouts --widths --seeds 8 16 32 64 --set num_lanes=192
+large train_seeds train --trainers train_s5 --lanes --rollouts --widths --seeds 8 16 32 64 --set num_envs=192
 large seeds seeds --seeds 8
 # 5. Time to a given return against brax PPO on mujoco_playground's ports, same device. Its returns are of the
 #    deterministic policy and its seconds include compilation; ours are of training and begin when compiled.
@@ -155,7 +155,7 @@ if [ -z "$SMALL" ] && "$PYTHON" -c 'import mujoco_playground' 2>/dev/null; then
   for task in cartpole-swingup reacher-easy; do
     for projection in none identity; do
       train "${task%%-*}_$projection" --env "$task" --projection "$projection" \
-        --num-lanes 2048 --total-steps 60000000
+        --num-envs 2048 --total-timesteps 60000000
     done
   done
   compare end_to_end_cartpole 600 "$RUNS"/cartpole_{brax,none,identity}

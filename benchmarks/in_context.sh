@@ -15,7 +15,7 @@ train() {  # NAME TRAINER FLAGS...
 }
 
 for task in cartpole-swingup reacher-easy point_mass-easy; do
-    flags="--env $task --num-lanes 64 --action-repeat 2 --total-steps 3000000"
+    flags="--env $task --num-envs 64 --action-repeat 2 --total-timesteps 3000000"
     train $task-s5 train_s5 $flags
     train $task-lstm train_lstm $flags --lr 2e-3
     train $task-none train_s5 $flags --memory none
@@ -23,7 +23,7 @@ for task in cartpole-swingup reacher-easy point_mass-easy; do
     python evaluate.py runs/$task-{s5,lstm,none,ceiling} --tasks $task --out results/$task
 done
 
-train six_s5 train_s5 --total-steps 12000000
-train six_lstm train_lstm --total-steps 12000000 --lr 2e-3
-train six_none train_s5 --total-steps 12000000 --memory none
+train six_s5 train_s5 --total-timesteps 12000000
+train six_lstm train_lstm --total-timesteps 12000000 --lr 2e-3
+train six_none train_s5 --total-timesteps 12000000 --memory none
 python evaluate.py runs/six_{s5,lstm,none} --no-projections --out results/six

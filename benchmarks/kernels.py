@@ -37,6 +37,7 @@ from common import RESULTS, Table, compile_program, seconds  # first: it finds t
 import jax
 import jax.numpy as jnp
 
+import experiment
 from hlo import count, describe, loop_body, parse
 from scan import copy_rate
 
@@ -48,12 +49,12 @@ PARTS = ("environment", "acting", "collect", "update")
 def programs(trainer, config):
     """{part: (function, its arguments as shapes or arrays, steps in a call)}."""
     train = trainer.make_train(config)
-    T, lanes, network = config.rollout_length, train.lanes, train.network
+    T, lanes, network = config.num_steps, train.lanes, train.network
     runner = jax.jit(train.init)(jax.random.PRNGKey(0))
     if lanes.discrete:
-        actions = jnp.zeros((T, config.num_lanes), jnp.int32)
+        actions = jnp.zeros((T, config.num_envs), jnp.int32)
     else:
-        actions = jax.random.normal(jax.random.PRNGKey(1), (T, config.num_lanes, lanes.action_size))
+        actions = jax.random.normal(jax.random.PRNGKey(1), (T, config.num_envs, lanes.action_size))
     inputs = jax.random.normal(jax.random.PRNGKey(2), (T, *runner.inputs.shape))
 
     def environment(state, actions):
@@ -64,7 +65,7 @@ def programs(trainer, config):
 
     def acting(params, memory, inputs, key):
         prepared = network.apply(params, method="prepare")
-        reset = jnp.zeros(config.num_lanes, bool)
+        reset = jnp.zeros(config.num_envs, bool)
 
         def step(memory, x):
             memory, pi, value = network.apply(params, prepared, memory, x[1], reset, method="step")
@@ -92,8 +93,7 @@ def main():
     parser.add_argument("--out", type=Path, default=RESULTS / "kernels.csv")
     options = parser.parse_args()
     trainer = importlib.import_module(options.trainer)
-    settings = trainer.ACCELERATOR if options.target or jax.default_backend() != "cpu" else {}
-    settings |= {name: int(value) for name, value in (text.split("=") for text in options.set)}
+    settings = {name: int(value) for name, value in (text.split("=") for text in options.set)}
     settings |= {"env": tuple(options.tasks)} if options.tasks else {}
     if options.target:
         platform, rate, sharding = describe(options.target)
@@ -103,8 +103,9 @@ def main():
     print(f"counts are of the program compiled for: {platform}"
           + (", which says little about a GPU's" if platform == "cpu" else ""))
 
-    for lanes in options.lanes or [trainer.Config(**settings).num_lanes]:
-        config = trainer.Config(**settings | {"num_lanes": lanes})
+    preset = "accelerator" if options.target else experiment.Options().preset
+    for lanes in options.lanes or [experiment.preset(trainer.Config, preset, **settings).num_envs]:
+        config = experiment.preset(trainer.Config, preset, **settings | {"num_envs": lanes})
         made = programs(trainer, config)
         for part in options.parts:
             function, args, steps = made[part]

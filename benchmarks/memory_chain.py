@@ -1,11 +1,12 @@
 """How far back can a memory reach? Return on bsuite's MemoryChain by length, at equal steps and parameters.
 
     python benchmarks/memory_chain.py                              # S5, LSTM and no memory, lengths 2 ... 512
-    python benchmarks/memory_chain.py --lengths 32 --total-steps 200000 --trainers s5
+    python benchmarks/memory_chain.py --lengths 32 --total-timesteps 200000 --trainers s5
 
 A bit is shown at the first step and asked for `length` steps later: the return is 1 or -1, 0 on average without
 memory. Rollouts hold at least one whole episode, so that gradients reach its start; lambda is 0.5, because only
-one action in an episode counts. Score: mean return over the last tenth of training, with a 95 % interval (t) over seeds.
+one action in an episode counts. Score: mean return over the last tenth of training, with a 95 % interval (t) over
+seeds.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.stats import t as student
 
+import experiment
 import train_lstm
 import train_s5
 
@@ -28,10 +30,10 @@ STEPS_PER_UPDATE = 4096
 def final_returns(trainer, config, seeds):
     """Mean returns over the last tenth of training (seeds,) and the number of parameters of one agent."""
     keys = jax.vmap(jax.random.PRNGKey)(jnp.arange(seeds))
-    out = jax.jit(trainer.over_members(trainer.make_train(config)))(keys)
+    out = jax.jit(experiment.over_members(trainer.make_train(config)))(keys)
     returns = np.asarray(out["metrics"]["return"])[..., 0]
     params = sum(p.size for p in jax.tree.leaves(out["runner"].params)) // seeds
-    return trainer.nanmean(returns[:, -max(1, returns.shape[1] // 10):], 1), params
+    return experiment.nanmean(returns[:, -max(1, returns.shape[1] // 10):], 1), params
 
 
 def mean_interval(x):
@@ -46,7 +48,7 @@ def main():
     parser.add_argument("--lengths", type=int, nargs="+", default=[2, 8, 32, 128, 256, 512])
     parser.add_argument("--trainers", nargs="+", default=list(TRAINERS), choices=list(TRAINERS))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--total-steps", type=int, default=600_000)
+    parser.add_argument("--total-timesteps", type=int, default=600_000)
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--out", type=Path, default=RESULTS / "memory_chain.csv", help="the picture goes beside it")
@@ -55,11 +57,11 @@ def main():
     for name in options.trainers:
         trainer, changes = TRAINERS[name]
         for length in options.lengths:
-            rollout_length = max(128, 2 * length)
+            num_steps = max(128, 2 * length)
             config = trainer.Config(
                 env=("MemoryChain-bsuite",), env_kwargs=(f"memory_length={length}",), width=options.width,
-                num_lanes=max(4, STEPS_PER_UPDATE // rollout_length), rollout_length=rollout_length,
-                total_steps=options.total_steps, lr=options.lr, gae_lambda=0.5, **changes)
+                num_envs=max(4, STEPS_PER_UPDATE // num_steps), num_steps=num_steps,
+                total_timesteps=options.total_timesteps, lr=options.lr, gae_lambda=0.5, **changes)
             found, params = final_returns(trainer, config, options.seeds)
             table.add(length=length, trainer=name, **mean_interval(found), parameters=params,
                       steps=config.num_updates * config.steps_per_update)

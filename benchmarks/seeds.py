@@ -1,7 +1,7 @@
 """Eight seeds in one compiled function against eight runs of one seed each, compilation included.
 
     python benchmarks/seeds.py                                              # CartPole-v1, 200,000 steps a seed
-    python benchmarks/seeds.py --env finger-spin --seeds 4 --total-steps 1000000
+    python benchmarks/seeds.py --env finger-spin --seeds 4 --total-timesteps 1000000
 
 Together they run as in the trainers: side by side on an accelerator, one after another on a CPU. Both sides compile
 from nothing: no persistent cache, and jax's own caches are cleared before every run.
@@ -16,6 +16,7 @@ from common import RESULTS, Table  # first: it finds the project
 import jax
 import jax.numpy as jnp
 
+import experiment
 import train_s5
 
 
@@ -33,14 +34,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", nargs="+", default=["CartPole-v1"])
     parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--total-steps", type=int, default=200_000, help="of one seed")
-    parser.add_argument("--num-lanes", type=int, default=train_s5.Config().num_lanes)
+    parser.add_argument("--total-timesteps", type=int, default=200_000, help="of one seed")
+    parser.add_argument("--num-envs", type=int, default=train_s5.Config().num_envs)
     parser.add_argument("--out", type=Path, default=RESULTS / "seeds.csv")
     options = parser.parse_args()
-    config = train_s5.Config(env=tuple(options.env), total_steps=options.total_steps, num_lanes=options.num_lanes)
+    config = train_s5.Config(env=tuple(options.env), total_timesteps=options.total_timesteps,
+                             num_envs=options.num_envs)
     keys = jax.vmap(jax.random.PRNGKey)(jnp.arange(options.seeds))
     separate = [run(train_s5.make_train(config), key) for key in keys]
-    together = run(train_s5.over_members(train_s5.make_train(config)), keys)
+    together = run(experiment.over_members(train_s5.make_train(config)), keys)
     table = Table(options.out)
     for name, (compile_s, run_s) in (("separate", map(sum, zip(*separate))), ("together", together)):
         table.add(seeds=name, compile_s=compile_s, run_s=run_s, total_s=compile_s + run_s)

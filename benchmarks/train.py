@@ -33,10 +33,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.compilation_cache import compilation_cache
 
+import experiment
+
 TRAINERS = ("train_s5", "train_lstm", "train_transformer")
-AXES = {"lanes": "num_lanes", "rollouts": "rollout_length", "widths": "width", "seeds": "num_seeds"}
-REFERENCE = dict(env=("CartPole-v1",), layers=4, width=256, state_size=256, num_lanes=64, rollout_length=128,
-                 epochs=4, minibatches=8)
+AXES = {"lanes": "num_envs", "rollouts": "num_steps", "widths": "width"}
+REFERENCE = dict(env=("CartPole-v1",), layers=4, width=256, state_size=256, num_envs=64, num_steps=128,
+                 update_epochs=4, num_minibatches=8)
 MATRIX = 2048
 
 
@@ -80,16 +82,16 @@ def compile_twice(functions):
     return programs, *times
 
 
-def measure(trainer, config, rate, repeats):
-    """One table row for `config` with the trainer module `trainer`; rate: matmul_rate."""
+def measure(trainer, config, seeds, rate, repeats):
+    """One table row for `config` with so many seeds of the trainer module `trainer`; rate: matmul_rate."""
     train = trainer.make_train(config)
-    lanes, T, seeds = train.lanes, config.rollout_length, config.num_seeds
+    lanes, T = train.lanes, config.num_steps
     keys = jax.vmap(jax.random.PRNGKey)(jnp.arange(seeds))
-    init, update, collect = map(trainer.over_members, (train.init, train.update, train.collect))
+    init, update, collect = map(experiment.over_members, (train.init, train.update, train.collect))
     runner = jax.eval_shape(init, keys)
     (start, update_program), cold, cached = compile_twice([(init, (keys,)), (update, (runner,))])
     runner = start.run(keys)
-    shape = (seeds, T, config.num_lanes)
+    shape = (seeds, T, config.num_envs)
     if lanes.discrete:
         actions = jax.random.randint(jax.random.PRNGKey(1), shape, 0, lanes.action_size)
     else:
@@ -101,13 +103,13 @@ def measure(trainer, config, rate, repeats):
             return state, inputs.sum() + out.reward.sum()
         return jax.lax.scan(step, state, (jnp.arange(T), actions))
 
-    env_program = compile_program(trainer.over_members(environment), runner.env_state, actions)
+    env_program = compile_program(experiment.over_members(environment), runner.env_state, actions)
     env_s = seconds(env_program.run, runner.env_state, actions, repeats=repeats)
     collect_s = seconds(compile_program(collect, runner).run, runner, repeats=repeats)
     whole_s = seconds(update_program.run, runner, repeats=repeats)
     flops = [product_flops(jax.make_jaxpr(f)(runner).jaxpr) for f in (update, collect)]
     flops = flops[0] - flops[1]
-    return {"trainer": trainer.__name__, "lanes": config.num_lanes, "rollout": T, "width": config.width,
+    return {"trainer": trainer.__name__, "lanes": config.num_envs, "rollout": T, "width": config.width,
             "seeds": seeds, "steps_per_s": round(seeds * config.steps_per_update / whole_s),
             "environment_%": 100 * env_s / whole_s, "acting_%": 100 * (collect_s - env_s) / whole_s,
             "update_%": 100 * (whole_s - collect_s) / whole_s,
@@ -172,7 +174,7 @@ def main():
     print(f"a product of two {MATRIX} x {MATRIX} float32 matrices: {rate / 1e9:.0f} GFLOP/s")
     if options.reference:
         trainer = importlib.import_module("train_s5")
-        table.add(**measure(trainer, trainer.Config(**REFERENCE), rate, options.repeats))
+        table.add(**measure(trainer, trainer.Config(**REFERENCE), 1, rate, options.repeats))
         return
 
     settings = {name: int(value) for name, value in (text.split("=") for text in options.set)}
@@ -180,16 +182,17 @@ def main():
     base = []
     for name in options.trainers:
         trainer = importlib.import_module(name)
-        default = (trainer.ACCELERATOR if jax.default_backend() != "cpu" else {}) | settings
-        origin = trainer.Config(**default)
-        table.add(**measure(trainer, origin, rate, options.repeats))
-        base.append(table.rows[-1])
-        for axis, field in AXES.items() if name in options.along else ():
-            for value in getattr(options, axis):
-                if value != getattr(origin, field):
-                    config = trainer.Config(**default | {field: value})
-                    table.add(**measure(trainer, config, rate, options.repeats))
-    plot(table.rows, base, out.with_suffix(".png"))
+        origin = trainer.Config(**settings)
+        walked = [(origin, 1)]
+        if name in options.along:
+            for axis, field in AXES.items():
+                walked += [(trainer.Config(**settings | {field: value}), 1) for value in getattr(options, axis)
+                           if value != getattr(origin, field)]
+            walked += [(origin, seeds) for seeds in options.seeds if seeds != 1]
+        base.append(len(table.rows))
+        for config, seeds in walked:
+            table.add(**measure(trainer, config, seeds, rate, options.repeats))
+    plot(table.rows, [table.rows[i] for i in base], out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tyro
 
+import experiment
 import train_s5
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -217,8 +217,7 @@ def test_every_line_has_flags_that_its_script_knows(load, tmp_path, monkeypatch)
         words = shlex.split(line.partition(": ")[2]) if line.startswith("== ") else []
         script, flags = [*words, "", ""][1], words[2:]
         if script == "train_s5.py":
-            preset = train_s5.Config(**train_s5.ACCELERATOR)
-            config = tyro.cli(train_s5.Config, args=flags, default=preset, console_outputs=False)
+            config, _ = experiment.parse_flags(train_s5.Config, args=["--preset", "accelerator", *flags])
             assert config.num_updates > 0
         elif script.startswith("benchmarks/"):
             monkeypatch.setattr(sys, "argv", words[1:])

@@ -66,7 +66,7 @@ def test_physics(tmp_path):
 
 
 def test_train(tmp_path):
-    sizes = ("num_lanes=4", "rollout_length=8", "minibatches=2", "layers=1", "width=8", "state_size=6")
+    sizes = ("num_envs=4", "num_steps=8", "num_minibatches=2", "layers=1", "width=8", "state_size=6")
     rows, _ = run("train", tmp_path, "--repeats", "1", "--trainers", "train_s5", "--env", "CartPole-v1",
                   "--lanes", "--rollouts", "--widths", "--seeds", "--set", *sizes)
     [row] = rows
@@ -82,20 +82,20 @@ def test_train(tmp_path):
 
 def test_memory_chain(tmp_path):
     rows, _ = run("memory_chain", tmp_path, "--lengths", "6", "--trainers", "s5", "memoryless", "--width", "8",
-                  "--total-steps", "160000", "--seeds", "2")
+                  "--total-timesteps", "160000", "--seeds", "2")
     s5, memoryless = rows
     assert float(s5["mean"]) > 0.5 > float(memoryless["mean"]) and s5["parameters"] == memoryless["parameters"]
     assert float(s5["low"]) <= float(s5["mean"]) <= float(s5["high"])
 
 
 def test_ablations(tmp_path):
-    rows, _ = run("ablations", tmp_path, "--only", "never reset", "--width", "8", "--total-steps", "1000",
+    rows, _ = run("ablations", tmp_path, "--only", "never reset", "--width", "8", "--total-timesteps", "1000",
                   "--seeds", "1", picture=False)
     assert [row["variant"] for row in rows] == ["never_reset"]
 
 
 def test_seeds(tmp_path):
-    rows, printed = run("seeds", tmp_path, "--seeds", "2", "--total-steps", "1000", "--num-lanes", "8",
+    rows, printed = run("seeds", tmp_path, "--seeds", "2", "--total-timesteps", "1000", "--num-envs", "8",
                         picture=False)
     assert [row["seeds"] for row in rows] == ["separate", "together"] and "times less" in printed
 

@@ -21,6 +21,7 @@ import train_lstm
 import dmc
 import envs
 import evaluate
+import experiment
 import physics
 import replay
 import report
@@ -28,14 +29,15 @@ import train_s5
 
 ROOT = Path(__file__).resolve().parent.parent
 TASKS = ("cartpole-swingup", "cartpole-balance")  # trained on, held out; cheap, and pay in every step
-SMALL = dict(width=8, layers=1, num_lanes=4, rollout_length=8, minibatches=2, log_every=1, env=TASKS[:1])
+SMALL = dict(width=8, layers=1, num_envs=4, num_steps=8, num_minibatches=2, log_every=1, env=TASKS[:1])
 
 
 def make_run(folder, trainer=train_s5, **changes):
     """A run folder with a checkpoint of random parameters, under which actions vary a lot, and of zeros."""
+    options = experiment.Options(num_seeds=changes.pop("num_seeds", 1), sweep=changes.pop("sweep", ()))
     config = trainer.Config(**(SMALL | changes))
     train = trainer.make_train(config)
-    shapes = jax.eval_shape(lambda: trainer.init_groups(config, train))
+    shapes = jax.eval_shape(lambda: experiment.init_groups(train, config, options))
     rng = np.random.default_rng(len(folder.name))
 
     def fill(path, x):
@@ -47,7 +49,7 @@ def make_run(folder, trainer=train_s5, **changes):
 
     groups = jax.tree_util.tree_map_with_path(fill, shapes)
     folder.mkdir()
-    saved = {"trainer": trainer.__name__, "config": vars(config)}
+    saved = {"trainer": trainer.__name__, "config": vars(config), "options": vars(options)}
     (folder / "config.json").write_text(json.dumps(saved))
     with ocp.CheckpointManager(folder / "checkpoints") as manager:
         manager.save(3, args=ocp.args.StandardSave(groups))
@@ -106,7 +108,7 @@ def test_memory_and_reset_equal_a_hand_rolled_loop(starts, result, policy, reset
     """The network applied to one-step sequences, in a loop over a single set of lanes."""
     agent, lanes, starts = starts
     state, inputs = starts["gaussian"]
-    network = train_s5.make_network(agent.config, lanes)
+    network = train_s5.ActorCritic(agent.config, lanes.action_size, lanes.discrete)
     memory = train_s5.make_memory(agent.config, jnp.float32).zero_state((3,))
     params = jax.tree.map(lambda x: x[1], agent.params)  # second seed
 
@@ -517,7 +519,7 @@ def test_refusals(run, gym_run, tmp_path, monkeypatch, capsys):
     assert "not written by a trainer" in refusal(bare)
     (bare / "config.json").write_text('{"trainer": "train_gpt", "config": {}}')
     assert "train_gpt.py" in refusal(bare)
-    (bare / "config.json").write_text('{"trainer": "train_s5", "config": {"depth": 3}}')
+    (bare / "config.json").write_text('{"trainer": "train_s5", "config": {"depth": 3}, "options": {}}')
     assert "depth" in refusal(bare)
     other = tmp_path / "other"  # a checkpoint that does not belong to its config.json
     shutil.copytree(run, other)
@@ -543,7 +545,8 @@ def test_imports_run_one_way():
         found = re.findall(r"^(?:import|from) (\w+)", (ROOT / f"{name}.py").read_text(), re.M)
         return {f for f in found if (ROOT / f"{f}.py").exists()}
 
-    assert imported("evaluate") == {"dmc", "envs", "replay", "report"}
+    assert imported("evaluate") == {"dmc", "envs", "experiment", "replay", "report"}
+    assert imported("experiment") == set()
     assert imported("report") == set() and imported("replay") == {"dmc"}
     assert imported("envs") == {"dmc"} and imported("dmc") == {"physics"} and imported("physics") == set()
     assert "evaluate" not in imported("train_s5") | imported("train_lstm")

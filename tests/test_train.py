@@ -1,6 +1,7 @@
-"""The trainers: GAE, resume, sweeps, devices, command line. All trainers are held to the same properties."""
+"""The trainers and their runs: GAE, resume, sweeps, devices, command line. All trainers keep the same promises."""
 
 import csv
+import dataclasses
 import json
 import os
 import random
@@ -16,20 +17,31 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import experiment
 import train_lstm
 import train_s5
 import train_transformer
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAINERS = (train_s5, train_lstm, train_transformer)
-SMALL = dict(width=8, num_lanes=8, rollout_length=16, minibatches=2, epochs=2, log_every=2, layers=1)
-FLAGS = ["--width", "8", "--num-lanes", "8", "--rollout-length", "16", "--minibatches", "2", "--layers", "1",
-         "--no-evaluate", "--no-tensorboard"]
+SMALL = dict(width=8, num_envs=8, num_steps=16, num_minibatches=2, update_epochs=2, log_every=2, layers=1)
+SIZES = ["--width", "8", "--num-envs", "8", "--num-steps", "16", "--num-minibatches", "2", "--layers", "1"]
+FLAGS = [*SIZES, "--no-evaluate", "--no-tensorboard"]
 bitwise = jax.tree_util.Partial(jax.tree.map, np.testing.assert_array_equal)
 
 
 def small(trainer, **changes):
-    return trainer.Config(**(SMALL | dict(env=("CartPole-v1",), total_steps=512) | changes))
+    return trainer.Config(**(SMALL | dict(env=("CartPole-v1",), total_timesteps=512) | changes))
+
+
+def run(trainer, options, **changes):
+    """A small run, its options given as a dictionary."""
+    options = experiment.Options(tensorboard=False, **options)
+    return experiment.run(trainer.make_train, small(trainer, **changes), options)
+
+
+def resume(trainer, folder):
+    return experiment.run(trainer.make_train, *experiment.read_run(folder, trainer.Config))
 
 
 def command(trainer, *flags, **kwargs):
@@ -40,11 +52,11 @@ def command(trainer, *flags, **kwargs):
 
 # -- the three trainers -------------------------------------------------------------------------------------
 def outside_memory(trainer):
-    """Source lines without the usage docstring and the memory section."""
+    """Source lines without the usage docstring, the memory section and what only that imports."""
     text = (ROOT / f"{trainer}.py").read_text()
-    text = text[text.index('"""\n', 3):]
-    start = text.index("# Memory: the only section")
-    return (text[:start] + text[text.index("# Configuration\n"):]).splitlines()
+    text = text[text.index('"""\n', 3):].replace("from s5 import S5\n", "")
+    start = text.index("# ---- Memory: the only section")
+    return (text[:start] + text[text.index("# ---- Configuration"):]).splitlines()
 
 
 def test_trainers_differ_in_memory_only():
@@ -55,15 +67,35 @@ def test_trainers_differ_in_memory_only():
                                            ("train_lstm", ("envs.py", "dmc.py", "physics.py")),
                                            ("train_transformer", ("envs.py", "dmc.py", "physics.py"))])
 def test_runs_when_copied_alone(trainer, files, tmp_path):
+    """Without experiment.py it prints a table, with it makes a run folder. The same returns."""
+    def train(*flags):
+        done = subprocess.run([sys.executable, f"{trainer}.py", "--env", "CartPole-v1", "--total-timesteps", "2560",
+                               *SIZES, *flags], cwd=tmp_path, capture_output=True, text=True, env=clean)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"JAX_PLATFORMS": "cpu"}
     for name in (f"{trainer}.py", *files):
         shutil.copy(ROOT / name, tmp_path)
-    flags = [f for f in FLAGS if f != "--no-evaluate"]
-    done = subprocess.run([sys.executable, f"{trainer}.py", "--env", "CartPole-v1", "--total-steps", "1280", *flags],
-                          cwd=tmp_path, capture_output=True, text=True, env={
-                              k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"JAX_PLATFORMS": "cpu"})
-    assert done.returncode == 0, done.stderr
-    assert "evaluation left out" in done.stdout
-    assert len(list(tmp_path.glob("runs/*/metrics.csv"))) == 1
+    head, *lines = [line.split("\t") for line in train().splitlines()]
+    assert head == ["steps", "CartPole-v1"] and [int(steps) for steps, _ in lines] == [1280, 2560]
+    assert not (tmp_path / "runs").exists()
+    shutil.copy(ROOT / "experiment.py", tmp_path)
+    assert "evaluation left out" in train()
+    [folder] = tmp_path.glob("runs/*")
+    returns = np.array([row["return/CartPole-v1"] for row in experiment.read_metrics(folder)]).reshape(2, 10)
+    np.testing.assert_allclose([float(value) for _, value in lines], np.nanmean(returns, 1), atol=0.02)
+
+
+def test_presets():
+    """Config() has the sizes that the command line has without flags; --preset and Python choose the same others."""
+    for trainer in TRAINERS:
+        config, options = experiment.parse_flags(trainer.Config, args=[])
+        assert options.preset == "cpu" and config == trainer.Config() == experiment.preset(trainer.Config, "cpu")
+        large, options = experiment.parse_flags(trainer.Config, args=["--preset", "accelerator", "--num-envs", "1536"])
+        assert options.preset == "accelerator"
+        assert large == experiment.preset(trainer.Config, "accelerator", num_envs=1536)
+        assert large.width > config.width and large.total_timesteps > config.total_timesteps
 
 
 def test_parameter_counts_match():
@@ -71,8 +103,7 @@ def test_parameter_counts_match():
     for width in (64, 256):
         counts = []
         for trainer in TRAINERS:
-            extra = trainer.ACCELERATOR_MEMORY if width == 256 else {}
-            config = trainer.Config(**({"width": width} | extra))
+            config = experiment.preset(trainer.Config, "accelerator" if width == 256 else "cpu", width=width)
             memory = trainer.make_memory(config, jnp.float32)
             x, reset = jnp.zeros((1, 1, width)), jnp.zeros((1, 1), bool)
             shapes = jax.eval_shape(memory.init, jax.random.PRNGKey(0), memory.zero_state((1,)), x, reset)
@@ -179,7 +210,7 @@ def test_gae_equals_definition(seed):
 def test_final_values_of_real_tasks(env, ends):
     """CartPole terminates and needs no final value; Pendulum truncates after 200 steps and has one, which is the
     value of the final observation met by the memory that led there."""
-    config = small(train_s5, env=(env,), rollout_length=450)
+    config = small(train_s5, env=(env,), num_steps=450)
     train = train_s5.make_train(config)
     runner = train.init(jax.random.PRNGKey(0))
     _, rollout, final_value, _ = jax.jit(train.collect)(runner)
@@ -193,7 +224,7 @@ def test_final_values_of_real_tasks(env, ends):
         upto = lambda x: x[:t + 1]  # noqa: E731
         memory, _, _ = train.network.apply(runner.params, runner.memory, upto(rollout.inputs), upto(rollout.reset))
         _, _, value = train.network.apply(runner.params, memory, out.final_input[None],
-                                          jnp.zeros((1, config.num_lanes), bool))
+                                          jnp.zeros((1, config.num_envs), bool))
         np.testing.assert_allclose(final_value[t, n], value[0, n], rtol=1e-4, atol=1e-5)
 
 
@@ -236,7 +267,7 @@ def test_non_finite_gradients_skip_the_update():
 
 @pytest.mark.parametrize("memory", ["full", "none", "unreset"])
 def test_when_the_memory_is_reset(memory):
-    train = train_s5.make_train(small(train_s5, memory=memory, rollout_length=64))
+    train = train_s5.make_train(small(train_s5, memory=memory, num_steps=64))
     _, rollout, _, _ = jax.jit(train.collect)(train.init(jax.random.PRNGKey(0)))
     ends = rollout.step.trial_end[:-1]
     assert ends.any() and rollout.reset[0].all()
@@ -247,7 +278,8 @@ def test_when_the_memory_is_reset(memory):
 def test_learns_a_task_that_needs_memory():
     """MemoryChain of length 5: the bit of the first step decides the reward of the last; chance is 0."""
     config = train_s5.Config(env=("MemoryChain-bsuite",), env_kwargs=("memory_length=5",), width=32, state_size=32,
-                             layers=1, num_lanes=32, rollout_length=64, minibatches=2, total_steps=120_000, lr=3e-3)
+                             layers=1, num_envs=32, num_steps=64, num_minibatches=2, total_timesteps=120_000,
+                             lr=3e-3)
     returns = jax.jit(train_s5.make_train(config))(jax.random.PRNGKey(0))["metrics"]["return"]
     assert np.nanmean(returns[-5:]) > 0.8
 
@@ -261,7 +293,7 @@ def rows(folder):
 @pytest.mark.parametrize("trainer", ["train_s5", "train_lstm"])
 def test_kill_and_resume_is_bit_identical(trainer, tmp_path):
     """SIGKILL at random moments, resume until done: the same metrics.csv as a run that nobody killed."""
-    flags = ["--env", "CartPole-v1", "--total-steps", "20000", "--log-every", "4", "--checkpoint-minutes", "0",
+    flags = ["--env", "CartPole-v1", "--total-timesteps", "20000", "--log-every", "4", "--checkpoint-minutes", "0",
              "--runs-dir", str(tmp_path), *FLAGS]
     env = os.environ | {"JAX_PLATFORMS": "cpu"}
     assert command(trainer, *flags, "--name", "whole", env=env).returncode == 0
@@ -287,33 +319,47 @@ def test_kill_and_resume_is_bit_identical(trainer, tmp_path):
 
 
 def test_broken_checkpoint_falls_back_and_foreign_is_refused(tmp_path):
-    config = small(train_s5, runs_dir=str(tmp_path), name="a", tensorboard=False, checkpoint_minutes=0.0,
-                   total_steps=1024)
-    folder = train_s5.run(config)
+    folder = run(train_s5, dict(runs_dir=str(tmp_path), checkpoint_minutes=0.0), total_timesteps=1024)
     steps = sorted(int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit())
     assert len(steps) == 2
     whole = (folder / "metrics.csv").read_bytes()
     for path in (folder / "checkpoints" / str(steps[-1])).rglob("*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[:10])
-    train_s5.run(train_s5.Config(resume=str(folder)))
+    resume(train_s5, folder)
     assert (folder / "metrics.csv").read_bytes() == whole
-    train_s5.run(train_s5.Config(resume=str(folder)))  # the broken one was replaced: nothing left to do
+    resume(train_s5, folder)  # the broken one was replaced: nothing left to do
     with pytest.raises(ValueError, match="train_s5"):
-        train_lstm.run(train_lstm.Config(resume=str(folder)))
+        resume(train_lstm, folder)
     settings = json.loads((folder / "config.json").read_text())
     settings["config"]["width"] = 16  # the checkpoint no longer fits
     (folder / "config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match="no usable checkpoint"):
-        train_s5.run(train_s5.Config(resume=str(folder)))
+        resume(train_s5, folder)
     assert (folder / "metrics.csv").read_bytes() == whole
 
 
+def test_folders_that_cannot_be_read_say_why(tmp_path):
+    """config.json of the time before Options, of another trainer, with unknown, missing and impossible values."""
+    config, options = small(train_s5), experiment.Options()
+    whole = {"trainer": "train_s5", "config": dataclasses.asdict(config), "options": dataclasses.asdict(options)}
+    old = {"trainer": "train_s5", "config": {"num_lanes": 8, "total_steps": 512, "seed": 0}}
+    for saved, message in [
+            (whole, None), (old, "num_lanes became num_envs"), (whole | {"trainer": "train_gru"}, "train_gru.py"),
+            ([1, 2], "not written by a trainer"), (whole | {"config": whole["config"] | {"lr": -1}}, "lr must be")]:
+        (tmp_path / "config.json").write_text(json.dumps(saved))
+        if message is None:
+            assert experiment.read_run(tmp_path) == (config, dataclasses.replace(options, resume=str(tmp_path)))
+            continue
+        with pytest.raises(ValueError, match=message) as error:
+            experiment.read_run(tmp_path)
+        assert "\n" not in str(error.value)
+
+
 def test_sweep_ranks_settings_and_chunks_agree(tmp_path):
-    sweep = dict(sweep=("lr=1e-4,1e-2", "ent_coef=0,0.01"), num_seeds=2, runs_dir=str(tmp_path), tensorboard=False,
-                 total_steps=2048)
-    folder = train_s5.run(small(train_s5, name="whole", **sweep))
-    parts = train_s5.run(small(train_s5, name="parts", sweep_chunk=4, **sweep))
+    sweep = dict(sweep=("lr=1e-4,1e-2", "ent_coef=0,0.01"), num_seeds=2, runs_dir=str(tmp_path))
+    folder = run(train_s5, sweep | dict(name="whole"), total_timesteps=2048)
+    parts = run(train_s5, sweep | dict(name="parts", sweep_chunk=4), total_timesteps=2048)
     table = rows(folder)
     assert len(table) == 8 * int(table[-1]["update"])
     assert {(r["lr"], r["ent_coef"], r["seed"]) for r in table} == {
@@ -327,7 +373,7 @@ def test_sweep_ranks_settings_and_chunks_agree(tmp_path):
 
 
 def test_two_devices_equal_one(tmp_path):
-    flags = ["--env", "CartPole-v1", "--total-steps", "2000", "--num-seeds", "2", "--log-every", "4",
+    flags = ["--env", "CartPole-v1", "--total-timesteps", "2000", "--num-seeds", "2", "--log-every", "4",
              "--runs-dir", str(tmp_path), *FLAGS]
     for count in (1, 2):
         done = command("train_s5", *flags, "--name", str(count),
@@ -340,7 +386,7 @@ def test_two_devices_equal_one(tmp_path):
 
 
 @pytest.mark.parametrize("flags,message", [
-    (["--env", "finger-spinn"], "finger-spin"), (["--num-lanes", "7"], "divisible"), (["--num-seeds", "0"], "num_seeds"),
+    (["--env", "finger-spinn"], "finger-spin"), (["--num-envs", "7"], "divisible"), (["--num-seeds", "0"], "num_seeds"),
     (["--lr", "-1"], "lr"), (["--sweep", "width=8,16"], "sweep"), (["--no-such-flag"], "no-such-flag"),
     (["--runs-dir", "/proc/nowhere"], "run folder"), (["--resume", "nowhere"], "nowhere")])
 def test_bad_input_is_one_sentence_and_exit_code_2(flags, message, tmp_path):
@@ -351,23 +397,23 @@ def test_bad_input_is_one_sentence_and_exit_code_2(flags, message, tmp_path):
 
 
 def test_wandb_that_is_not_installed(monkeypatch, tmp_path):
-    monkeypatch.setattr(train_s5.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(experiment.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install wandb"):
-        train_s5.run(small(train_s5, wandb="project", runs_dir=str(tmp_path)))
+        run(train_s5, dict(wandb="project", runs_dir=str(tmp_path)))
     assert not list(tmp_path.iterdir())
 
 
 def test_a_run_that_skips_most_updates_stops(tmp_path):
     with pytest.raises(FloatingPointError, match="lower --lr"):
-        train_s5.run(small(train_s5, lr=1e38, total_steps=4096, runs_dir=str(tmp_path), tensorboard=False))
+        run(train_s5, dict(runs_dir=str(tmp_path)), lr=1e38, total_timesteps=4096)
     assert len(list(tmp_path.glob("*/metrics.csv"))) == 1
 
 
 def test_out_of_memory_names_the_flags(monkeypatch, capsys):
-    def run(config):
+    def run(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 bytes.")
 
-    monkeypatch.setattr(train_s5, "run", run)
+    monkeypatch.setattr(experiment, "run", run)
     monkeypatch.setattr(sys, "argv", ["train_s5.py"])
     with pytest.raises(SystemExit) as stop:
         train_s5.main()
