@@ -3,8 +3,8 @@
     python train_lstm.py                                      # six DMControl tasks through random projections
     python train_lstm.py --help                               # every flag, its default, one line each
 
-The same file as train_s5.py but for the memory section: an LSTM with as many parameters, reset inside its scan.
-Copy this file with envs.py, dmc.py and physics.py into another project and it runs there.
+The same file as train_s5.py but for the memory section: an LSTM or, with --cell gru, a GRU of as many parameters, reset
+inside its scan. Copy this file with envs.py, dmc.py and physics.py into another project and it runs there.
 """
 
 import dataclasses
@@ -31,19 +31,20 @@ def by_preset(cpu: Any, accelerator: Any) -> Any:
 @dataclasses.dataclass(frozen=True)
 class MemoryConfig:
     width: int = by_preset(cpu=64, accelerator=256)  # features of every layer of the network
-    layers: int = 1  # LSTM blocks
-    hidden_size: int = 0  # units of each LSTM; 0: as many parameters as train_s5.py's memory of that width
+    layers: int = 1  # recurrent blocks
+    cell: Literal["lstm", "gru"] = "lstm"  # of a block
+    hidden_size: int = 0  # units of each cell; 0: as many parameters as train_s5.py's memory of that width
 
 
-class LSTMBlock(nn.Module):
-    """LayerNorm -> LSTM -> dense -> residual; one step, before which the state is reset to zero where asked."""
+class RecurrentBlock(nn.Module):
+    """LayerNorm -> LSTM or GRU -> dense -> residual; one step, before which the state is reset to zero where asked."""
     config: Any
     dtype: Any
 
     def setup(self):
-        self.norm = nn.LayerNorm()
-        self.cell = nn.OptimizedLSTMCell(hidden_size(self.config), dtype=self.dtype)
-        self.out = nn.Dense(self.config.width, dtype=self.dtype)
+        self.norm, self.out = nn.LayerNorm(), nn.Dense(self.config.width, dtype=self.dtype)
+        cell = nn.OptimizedLSTMCell if self.config.cell == "lstm" else nn.GRUCell
+        self.cell = cell(hidden_size(self.config), dtype=self.dtype)
 
     def __call__(self, state, x, reset):
         state, y = self.cell(jax.tree.map(lambda s: jnp.where(reset[..., None], 0.0, s), state), self.norm(x))
@@ -56,12 +57,12 @@ class Memory(nn.Module):
     dtype: Any
 
     def setup(self):
-        self.blocks = [LSTMBlock(self.config, self.dtype) for _ in range(self.config.layers)]
+        self.blocks = [RecurrentBlock(self.config, self.dtype) for _ in range(self.config.layers)]
 
     @nn.nowrap
     def zero_state(self, batch_shape):
         zeros = jnp.zeros((*batch_shape, hidden_size(self.config)))
-        return ((zeros, zeros),) * self.config.layers
+        return ((zeros, zeros) if self.config.cell == "lstm" else zeros,) * self.config.layers
 
     def prepare(self):
         return ()
@@ -79,12 +80,12 @@ class Memory(nn.Module):
 
 
 def hidden_size(config):
-    """Units of an LSTM block: given, or such that the memory has as many parameters as train_s5.py's."""
-    w = config.width
+    """Units of a cell: given, or such that the memory has as many parameters as train_s5.py's."""
+    w, gates = config.width, 4 if config.cell == "lstm" else 3
     layers, p = (4, 256) if w >= 256 else (3, 32)  # the defaults of train_s5.py
     target = layers * (2 * p * w + 2 * w * w + 5 * w + 3 * p // 2) / config.layers
-    b = 5 * w + 4  # one block: 4 h (w + h + 1) + h w + w + 2 w parameters
-    return config.hidden_size or round((-b + math.sqrt(b * b + 16 * (target - 3 * w))) / 8)
+    b = (gates + 1) * w + 4  # one block: gates h (w + h) + 4 h + h w + 3 w parameters
+    return config.hidden_size or round((-b + math.sqrt(b * b + 4 * gates * (target - 3 * w))) / (2 * gates))
 
 
 def make_memory(config, dtype):

@@ -23,7 +23,6 @@ from pathlib import Path
 
 from common import RESULTS, Table, compile_program, plot_into, seconds  # first: it finds the project
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,24 +33,6 @@ import train_transformer
 
 COSTS = ("forward", "forward+backward", "acting")
 ACTING_STEPS = 64  # of one call
-
-
-class GRUBlock(train_lstm.LSTMBlock):
-    """The LSTM trainer's block with flax's GRU cell; the state is one array."""
-
-    def setup(self):
-        self.norm = nn.LayerNorm()
-        self.cell = nn.GRUCell(train_lstm.hidden_size(self.config))
-        self.out = nn.Dense(self.config.width)
-
-
-class GRUMemory(train_lstm.Memory):
-    def setup(self):
-        self.blocks = [GRUBlock(self.config, self.dtype) for _ in range(self.config.layers)]
-
-    @nn.nowrap
-    def zero_state(self, batch_shape):
-        return (jnp.zeros((*batch_shape, train_lstm.hidden_size(self.config))),) * self.config.layers
 
 
 def make_models(width, layers):
@@ -65,10 +46,12 @@ def make_models(width, layers):
                                           head_size=width // 4, hidden_size=2 * width)
         return train_transformer.make_memory(config, None)
 
-    recurrent = train_lstm.Config(width=width, layers=layers, hidden_size=width)
-    return {"S5 sequential": s5("sequential"), "S5 parallel": s5("parallel"),
-            "LSTM": lambda length: train_lstm.make_memory(recurrent, None),
-            "GRU": lambda length: GRUMemory(recurrent, None), "transformer": attention}
+    def recurrent(cell):
+        config = train_lstm.Config(width=width, layers=layers, hidden_size=width, cell=cell)
+        return lambda length: train_lstm.make_memory(config, None)
+
+    return {"S5 sequential": s5("sequential"), "S5 parallel": s5("parallel"), "LSTM": recurrent("lstm"),
+            "GRU": recurrent("gru"), "transformer": attention}
 
 
 def program(memory, cost, length, batch, width):

@@ -102,8 +102,9 @@ def test_parameter_counts_match():
     """The baselines' hidden sizes are chosen so that all memories have as many parameters, within 2 %."""
     for width in (64, 256):
         counts = []
-        for trainer in TRAINERS:
-            config = experiment.preset(trainer.Config, "accelerator" if width == 256 else "cpu", width=width)
+        for trainer, changes in [(trainer, {}) for trainer in TRAINERS] + [(train_lstm, {"cell": "gru"})]:
+            preset = "accelerator" if width == 256 else "cpu"
+            config = experiment.preset(trainer.Config, preset, width=width, **changes)
             memory = trainer.make_memory(config, jnp.float32)
             x, reset = jnp.zeros((1, 1, width)), jnp.zeros((1, 1), bool)
             shapes = jax.eval_shape(memory.init, jax.random.PRNGKey(0), memory.zero_state((1,)), x, reset)
@@ -111,10 +112,10 @@ def test_parameter_counts_match():
         assert max(abs(count / counts[0] - 1) for count in counts) < 0.02, counts
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
-def test_step_equals_sequence(trainer):
+@pytest.mark.parametrize("trainer,changes", [*((trainer, {}) for trainer in TRAINERS), (train_lstm, {"cell": "gru"})])
+def test_step_equals_sequence(trainer, changes):
     """Acting step by step and replaying the sequence give the same policy and value, resets included."""
-    config = small(trainer, layers=2)
+    config = small(trainer, layers=2, **changes)
     network = trainer.ActorCritic(config, 2, False)
     T, B = 12, 3
     key = jax.random.PRNGKey(0)
