@@ -36,7 +36,7 @@ class DMCState:
     qpos: jax.Array  # (nq,) metres, radians
     qvel: jax.Array  # (nv,) per second
     time: jax.Array  # () int32, control steps since the episode's start
-    touch: Any = None  # (2,) newtons (finger)
+    touch: Any = None  # (2,) newtons (finger, hopper)
     target: Any = None  # (2,) metres, in the plane (finger turn: from the hinge; reacher: from the shoulder)
     wrap_prm: Any = None  # (4,) the two actuators' directions (point_mass hard)
 
@@ -114,6 +114,11 @@ def first_free(qpos, min_distance):
 def positions(s):
     """The observation of tasks that show positions and velocities as they are."""
     return [s.qpos, s.qvel]
+
+
+def without_x(s):
+    """The observation of bodies that run: the same wherever they are."""
+    return [s.qpos[1:], s.qvel]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -258,6 +263,80 @@ def cartpole_sparse_reward(s, ctrl, env):
 
 
 # ---------------------------------------------------------------------------------------------------------
+# cheetah (dm_control suite/cheetah.py)
+# ---------------------------------------------------------------------------------------------------------
+CHEETAH = """<mujoco>
+  <option timestep=".01"/>
+  <default>
+    <joint axis="0 1 0" armature=".1"/>
+    <geom type="capsule" density="660.8849500774736" friction=".4 .1 .1"/>
+    <motor ctrlrange="-1 1"/>
+    <default class="root"><joint armature="0"/></default>
+  </default>
+  <worldbody>
+    <geom name="ground" type="plane" pos="98 0 0" size="100 .8 .5" friction="1 .005 .0001"/>
+    <body name="torso" pos="0 0 .7">
+      <joint name="rootx" class="root" type="slide" axis="1 0 0"/>
+      <joint name="rootz" class="root" type="slide" axis="0 0 1"/>
+      <joint name="rooty" class="root"/>
+      <geom name="torso" size=".046" fromto="-.5 0 0  .5 0 0"/>
+      <geom name="head" size=".046 .15" pos=".6 0 .1" euler="0 50 0"/>
+      <body name="bthigh" pos="-.5 0 0">
+        <joint name="bthigh" range="-30 60" stiffness="240" damping="6"/>
+        <geom name="bthigh" size=".046 .145" pos=".1 0 -.13" euler="0 -218 0"/>
+        <body name="bshin" pos=".16 0 -.25">
+          <joint name="bshin" range="-50 50" stiffness="180" damping="4.5"/>
+          <geom name="bshin" size=".046 .15" pos="-.14 0 -.07" euler="0 -116 0"/>
+          <body name="bfoot" pos="-.28 0 -.14">
+            <joint name="bfoot" range="-230 50" stiffness="120" damping="3"/>
+            <geom name="bfoot" size=".046 .094" pos=".03 0 -.097" euler="0 -15 0"/>
+          </body>
+        </body>
+      </body>
+      <body name="fthigh" pos=".5 0 0">
+        <joint name="fthigh" range="-57 .4" stiffness="180" damping="4.5"/>
+        <geom name="fthigh" size=".046 .133" pos="-.07 0 -.12" euler="0 30 0"/>
+        <body name="fshin" pos="-.14 0 -.24">
+          <joint name="fshin" range="-70 50" stiffness="120" damping="3"/>
+          <geom name="fshin" size=".046 .106" pos=".065 0 -.09" euler="0 -34 0"/>
+          <body name="ffoot" pos=".13 0 -.18">
+            <joint name="ffoot" range="-28 28" stiffness="60" damping="1.5"/>
+            <geom name="ffoot" size=".046 .07" pos=".045 0 -.07" euler="0 -34 0"/>
+          </body>
+        </body>
+      </body>
+    </body>
+  </worldbody>
+  <actuator>
+    <motor name="bthigh" joint="bthigh" gear="120"/>
+    <motor name="bshin" joint="bshin" gear="90"/>
+    <motor name="bfoot" joint="bfoot" gear="60"/>
+    <motor name="fthigh" joint="fthigh" gear="90"/>
+    <motor name="fshin" joint="fshin" gear="60"/>
+    <motor name="ffoot" joint="ffoot" gear="30"/>
+  </actuator>
+</mujoco>"""  # 14 kg in all
+
+
+def cheetah_start(u, env):
+    """200 physics steps after a fall from random joint positions.
+
+    dm_control takes the first of them with the forces of the model's own posture, where nothing touches and all
+    springs are at rest: it falls freely.
+    """
+    h = env.model.opt.timestep
+    qvel = jnp.zeros(9).at[1].set(h * env.model.opt.gravity[2])
+    qpos = random_joints(u, env.model).at[2].set(0.0) + h * qvel  # the torso is level
+    qpos, qvel, _ = env.start_physics(qpos, qvel, jnp.zeros(6))
+    return DMCState(qpos, qvel, 0)
+
+
+def cheetah_reward(s, ctrl, env):
+    """Forward speed, up to 10 m/s."""
+    return tolerance(env.speed(s), lower=10.0, upper=math.inf, margin=10.0, sigmoid="linear", value_at_margin=0.0)
+
+
+# ---------------------------------------------------------------------------------------------------------
 # finger (dm_control suite/finger.py)
 # ---------------------------------------------------------------------------------------------------------
 # The cylinders weigh but do not collide here: one is out of reach of the spinner, the other inside it. The
@@ -328,6 +407,82 @@ def spin_reward(s, ctrl, env):
 def turn_reward(s, ctrl, env, radius):
     """1 while the spinner's tip is in the target."""
     return finger_distance(s, radius) <= 0
+
+
+# ---------------------------------------------------------------------------------------------------------
+# hopper (dm_control suite/hopper.py)
+# ---------------------------------------------------------------------------------------------------------
+HOPPER = """<mujoco>
+  <option timestep=".005"/>
+  <default>
+    <joint axis="0 1 0" damping=".05" armature=".2"/>
+    <geom type="capsule"/>
+    <site size=".05"/>
+    <motor ctrlrange="-1 1"/>
+    <default class="root"><joint damping="0" armature="0"/></default>
+  </default>
+  <worldbody>
+    <geom name="floor" type="plane" pos="48 0 0" size="50 1 .2"/>
+    <body name="torso" pos="0 0 1">
+      <joint name="rootx" class="root" type="slide" axis="1 0 0"/>
+      <joint name="rootz" class="root" type="slide" axis="0 0 1"/>
+      <joint name="rooty" class="root"/>
+      <geom name="torso" size=".0653" fromto="0 0 -.05  0 0 .2"/>
+      <geom name="nose" size=".03" fromto=".08 0 .13  .15 0 .14"/>
+      <body name="pelvis" pos="0 0 -.05">
+        <joint name="waist" range="-30 30"/>
+        <geom name="pelvis" size=".065" fromto="0 0 0  0 0 -.15"/>
+        <body name="thigh" pos="0 0 -.2">
+          <joint name="hip" range="-170 10"/>
+          <geom name="thigh" size=".04" fromto="0 0 0  0 0 -.33"/>
+          <body name="calf" pos="0 0 -.33">
+            <joint name="knee" range="5 150"/>
+            <geom name="calf" size=".03" fromto="0 0 0  0 0 -.32"/>
+            <body name="foot" pos="0 0 -.32">
+              <joint name="ankle" range="-45 45"/>
+              <geom name="foot" size=".04" fromto="-.08 0 0  .17 0 0"/>
+              <site name="touch_toe" pos=".17 0 0"/>
+              <site name="touch_heel" pos="-.08 0 0"/>
+            </body>
+          </body>
+        </body>
+      </body>
+    </body>
+  </worldbody>
+  <actuator>
+    <motor name="waist" joint="waist" gear="30"/>
+    <motor name="hip" joint="hip" gear="40"/>
+    <motor name="knee" joint="knee" gear="30"/>
+    <motor name="ankle" joint="ankle" gear="10"/>
+  </actuator>
+  <sensor><touch name="touch_toe" site="touch_toe"/><touch name="touch_heel" site="touch_heel"/></sensor>
+</mujoco>"""
+
+
+def hopper_start(u, env):
+    """Random joint positions, which may touch the floor or one another."""
+    qpos, qvel = random_joints(u, env.model), jnp.zeros(7)
+    return DMCState(qpos, qvel, 0, env.start_physics(qpos, qvel, jnp.zeros(4))[2])
+
+
+def hopper_observe(s):
+    return [*without_x(s), jnp.log1p(s.touch)]
+
+
+def standing(s, env):
+    """1 while the torso's centre of mass is well above the foot's."""
+    torso, foot = (env.kinematics(s.qpos).xipos[env.model.body(name).id, 2] for name in ("torso", "foot"))
+    return tolerance(torso - foot, lower=0.6, upper=2.0)
+
+
+def hopper_stand_reward(s, ctrl, env):
+    return standing(s, env) * (4 + tolerance(ctrl, margin=1.0, sigmoid="quadratic", value_at_margin=0.0).mean()) / 5
+
+
+def hop_reward(s, ctrl, env):
+    """Stand, and go forward at up to 2 m/s."""
+    speed = tolerance(env.speed(s), lower=2.0, upper=math.inf, margin=1.0, sigmoid="linear", value_at_margin=0.5)
+    return standing(s, env) * speed
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -440,6 +595,72 @@ def reacher_reward(s, ctrl, env, radius):
 
 
 # ---------------------------------------------------------------------------------------------------------
+# walker (dm_control suite/walker.py)
+# ---------------------------------------------------------------------------------------------------------
+LEG = """<body name="SIDE_thigh" pos="0 OFFSET -.3">
+        <joint name="SIDE_hip" range="-20 100"/>
+        <geom name="SIDE_thigh" size=".05" fromto="0 0 0  0 0 -.45"/>
+        <body name="SIDE_leg" pos="0 0 -.7">
+          <joint name="SIDE_knee" pos="0 0 .25" range="-150 0"/>
+          <geom name="SIDE_leg" size=".04 .25"/>
+          <body name="SIDE_foot" pos=".06 0 -.25">
+            <joint name="SIDE_ankle" pos="-.06 0 0" range="-45 45"/>
+            <geom name="SIDE_foot" size=".05 .1" zaxis="1 0 0"/>
+          </body>
+        </body>
+      </body>"""
+WALKER = f"""<mujoco>
+  <option timestep=".0025"/>
+  <default>
+    <joint axis="0 -1 0" damping=".1" armature=".01" solimplimit="0 .99 .01"/>
+    <geom type="capsule" conaffinity="0" friction=".7 .1 .1"/>
+    <motor ctrlrange="-1 1"/>
+    <default class="root"><joint damping="0" armature="0"/></default>
+  </default>
+  <worldbody>
+    <geom name="floor" type="plane" conaffinity="1" pos="248 0 0" size="250 .8 .2"/>
+    <body name="torso" pos="0 0 1.3">
+      <joint name="rootz" class="root" type="slide" axis="0 0 1"/>
+      <joint name="rootx" class="root" type="slide" axis="1 0 0"/>
+      <joint name="rooty" class="root" axis="0 1 0"/>
+      <geom name="torso" size=".07 .3"/>
+      {LEG.replace("SIDE", "right").replace("OFFSET", "-.05")}
+      {LEG.replace("SIDE", "left").replace("OFFSET", ".05")}
+    </body>
+  </worldbody>
+  <actuator>
+    <motor name="right_hip" joint="right_hip" gear="100"/>
+    <motor name="right_knee" joint="right_knee" gear="50"/>
+    <motor name="right_ankle" joint="right_ankle" gear="20"/>
+    <motor name="left_hip" joint="left_hip" gear="100"/>
+    <motor name="left_knee" joint="left_knee" gear="50"/>
+    <motor name="left_ankle" joint="left_ankle" gear="20"/>
+  </actuator>
+</mujoco>"""
+
+
+def walker_start(u, env):
+    """Random joint positions, which may touch the floor."""
+    return DMCState(random_joints(u, env.model), jnp.zeros(9), 0)
+
+
+def walker_observe(s):
+    legs = s.qpos[2] - jnp.cumsum(s.qpos[3:].reshape(2, 3), 1)  # these joints turn the other way
+    angles = jnp.concatenate([s.qpos[2:3], legs.ravel()])
+    return [jnp.stack([jnp.cos(angles), jnp.sin(angles)], 1).ravel(), 1.3 + s.qpos[:1], s.qvel]
+
+
+def walker_reward(s, ctrl, env, speed=0.0):
+    """Stand high and upright and, if a speed is asked for (m/s), go forward at least as fast."""
+    high = tolerance(1.3 + s.qpos[0], lower=1.2, upper=math.inf, margin=0.6)
+    stand = (3 * high + (1 + jnp.cos(s.qpos[2])) / 2) / 4
+    if not speed:
+        return stand
+    fast = tolerance(env.speed(s), lower=speed, upper=math.inf, margin=speed / 2, sigmoid="linear", value_at_margin=0.5)
+    return stand * (5 * fast + 1) / 6
+
+
+# ---------------------------------------------------------------------------------------------------------
 # The tasks
 # ---------------------------------------------------------------------------------------------------------
 def finger_turn(radius):
@@ -463,15 +684,21 @@ TASKS = {  # dm_control's "DOMAIN-TASK"
     "cartpole-swingup_sparse": cartpole(swingup=True, reward=cartpole_sparse_reward),
     "cartpole-two_poles": cartpole(swingup=True, poles=2),
     "cartpole-three_poles": cartpole(swingup=True, poles=3),
+    "cheetah-run": Task(CHEETAH, 1, 17, cheetah_start, without_x, cheetah_reward, start_steps=199),
     "finger-spin": Task(
         FINGER.replace("HINGE_DAMPING", ".03"), 2, 9, finger_start, finger_observe, spin_reward),
     "finger-turn_easy": finger_turn(0.07),
     "finger-turn_hard": finger_turn(0.03),
+    "hopper-hop": Task(HOPPER, 4, 15, hopper_start, hopper_observe, hop_reward, start_steps=1),
+    "hopper-stand": Task(HOPPER, 4, 15, hopper_start, hopper_observe, hopper_stand_reward, start_steps=1),
     "pendulum-swingup": Task(PENDULUM, 1, 3, pendulum_start, pendulum_observe, pendulum_reward),
     "point_mass-easy": Task(POINT_MASS, 1, 4, point_mass_start, positions, point_mass_reward),
     "point_mass-hard": Task(POINT_MASS, 1, 4, partial(point_mass_start, hard=True), positions, point_mass_reward),
     "reacher-easy": Task(REACHER, 1, 6, reacher_start, reacher_observe, partial(reacher_reward, radius=0.05)),
     "reacher-hard": Task(REACHER, 1, 6, reacher_start, reacher_observe, partial(reacher_reward, radius=0.015)),
+    "walker-run": Task(WALKER, 10, 24, walker_start, walker_observe, partial(walker_reward, speed=8.0)),
+    "walker-stand": Task(WALKER, 10, 24, walker_start, walker_observe, walker_reward),
+    "walker-walk": Task(WALKER, 10, 24, walker_start, walker_observe, partial(walker_reward, speed=1.0)),
 }
 
 
@@ -500,7 +727,15 @@ class DMC(environment.Environment):
         self.task = task
         self.model = mujoco.MjModel.from_xml_string(TASKS[task].model)
         self.physics_step = physics.make_step(self.model, TASKS[task].substeps, backend)
+        if TASKS[task].start_steps:
+            self.start_physics = physics.make_step(self.model, TASKS[task].start_steps, backend)
         self.min_distance = physics.make_min_distance(self.model)
+        self.kinematics = physics.make_kinematics(self.model)
+        self.com_velocity = physics.make_com_velocity(self.model)
+
+    def speed(self, state):
+        """Velocity of the centre of mass along x, metres per second."""
+        return self.com_velocity(state.qpos, state.qvel)[0]
 
     @property
     def name(self):

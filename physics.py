@@ -281,6 +281,10 @@ def forward_tree(m, q, v=None):
     return Tree(pos, mat, omega, alpha, acc, axes, anchors, dofs)
 
 
+def centres_of_mass(m, tree):
+    return [tree.pos[b] + tree.mat[b] @ const(m.body_ipos[b]) for b in range(m.nbody)]
+
+
 def inertia_and_bias(m, tree):
     """Mass matrix (nv, nv), and the force (nv,) that zero joint acceleration needs (gravity, centrifugal)."""
     M, bias = zeros(m.nv, m.nv), zeros(m.nv)
@@ -884,6 +888,7 @@ def actuation(m, ctrl, wrap_prm):
 class Kinematics(NamedTuple):
     xpos: jax.Array       # (nbody, 3) body origins, world frame, metres
     xmat: jax.Array       # (nbody, 3, 3) body orientations
+    xipos: jax.Array      # (nbody, 3) centres of mass
     geom_xpos: jax.Array  # (ngeom, 3)
     site_xpos: jax.Array  # (nsite, 3)
 
@@ -914,9 +919,38 @@ def make_kinematics(model):
         geoms = [tree.pos[b] + tree.mat[b] @ const(p) for b, p in zip(m.geom_bodyid, m.geom_pos)]
         sites = [site_position(m, tree, s) for s in range(m.nsite)]
         return Kinematics(stack(tree.pos, m.nbody, 3), stack(tree.mat, m.nbody, 3, 3),
-                          stack(geoms, m.ngeom, 3), stack(sites, m.nsite, 3))
+                          stack(centres_of_mass(m, tree), m.nbody, 3), stack(geoms, m.ngeom, 3),
+                          stack(sites, m.nsite, 3))
 
     return kinematics
+
+
+def make_com_velocity(model):
+    """Velocity of the centre of mass of everything in `model`.
+
+    Args:
+      model: compiled `mujoco.MjModel`.
+
+    Returns:
+      com_velocity(qpos (nq,), qvel (nv,)) -> (3,) metres per second, in the dtype of `qpos`: MuJoCo's `subtreelinvel`
+      sensor at the world.
+
+    Raises:
+      NotImplementedError: ball or free joints.
+    """
+    m = model
+    check_joints(m)
+
+    def com_velocity(qpos, qvel):
+        dtype = qpos.dtype
+        tree, v, momentum = forward_tree(m, scalars(qpos, dtype)), scalars(qvel, dtype), zeros(3)
+        for b, centre in enumerate(centres_of_mass(m, tree)):
+            for d, column in tree.jacobian(b, centre).items():
+                momentum = momentum + column * (v[d] * float(m.body_mass[b]))
+        velocity = momentum * (1.0 / float(m.body_mass.sum()))
+        return jnp.stack([jnp.asarray(unwrap(x, dtype), dtype) for x in velocity])
+
+    return com_velocity
 
 
 def make_min_distance(model):

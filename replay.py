@@ -25,6 +25,7 @@ class Scene(NamedTuple):
     view: tuple  # left, right, bottom, top
     obs: tuple  # names of the raw observations
     decoration: tuple = ()  # (body or "world", shape): drawn, without a role in the physics
+    follow: bool = False  # keep the first body in the middle
 
 
 def line(a, b, r, colour):
@@ -50,6 +51,11 @@ def cartpole(poles):
                  (("world", line((-2, 1), (2, 1), 0.02, "frame")),))
 
 
+FLOOR = (("world", line((-1000, 0), (1000, 0), 0.004, "frame")),)
+CHEETAH_JOINTS = "back thigh", "back shin", "back foot", "front thigh", "front shin", "front foot"
+HOPPER_JOINTS = "waist", "hip", "knee", "ankle"
+WALKER_PARTS = [f"{side} {part}" for side in ("right", "left") for part in ("thigh", "leg", "foot")]
+WALKER_JOINTS = [f"{side} {joint}" for side in ("right", "left") for joint in ("hip", "knee", "ankle")]
 SCENES = {  # of a domain, or of one task
     "acrobot": Scene((0, 2), (-2.3, 2.3, -0.2, 4.3), (
         "sin upper", "sin lower", "cos upper", "cos lower", "shoulder speed", "elbow speed"), (
@@ -59,14 +65,23 @@ SCENES = {  # of a domain, or of one task
         (("cup", box((0, -0.05), (0.05, 0.05), "target")),
          ("world", line((-0.6, 0), (0.6, 0), 0.004, "frame")))),
     "cartpole": cartpole(1), "cartpole-two_poles": cartpole(2), "cartpole-three_poles": cartpole(3),
+    "cheetah": Scene((0, 2), (-1.6, 1.6, -0.15, 1.45), (
+        "z", "pitch", *CHEETAH_JOINTS, "speed x", "speed z", "pitch speed",
+        *(f"{name} speed" for name in CHEETAH_JOINTS)), FLOOR, follow=True),
     "finger": Scene((0, 2), (-0.55, 0.55, 0.0, 0.8), (*FINGER_OBS, "target x", "target z", "distance"), (
         ("spinner", circle((0, 0.13), 0.02, "tip")),)),
+    "hopper": Scene((0, 2), (-1.2, 1.2, -0.15, 1.65), (
+        "z", "pitch", *HOPPER_JOINTS, "speed x", "speed z", "pitch speed", *(f"{name} speed" for name in HOPPER_JOINTS),
+        "touch toe", "touch heel"), FLOOR, follow=True),
     "pendulum": Scene((0, 2), (-0.8, 0.8, -0.1, 1.3), ("cos", "sin", "speed"), (
         ("pole", line((0, 0), (0, 0.5), 0.02, "self")), ("world", circle((0, 1.1), 0.07, "target")))),
     "point_mass": Scene((0, 1), (-0.33, 0.33, -0.33, 0.33), ("x", "y", "speed x", "speed y"), (
         *WALLS, ("world", circle((0, 0), 0.015, "target")))),
     "reacher": Scene((0, 1), (-0.33, 0.33, -0.33, 0.33), (
-        "shoulder", "wrist", "to target x", "to target y", "shoulder speed", "wrist speed"), WALLS)}
+        "shoulder", "wrist", "to target x", "to target y", "shoulder speed", "wrist speed"), WALLS),
+    "walker": Scene((0, 2), (-1.6, 1.6, -0.15, 1.95), (
+        *(f"{name} {part}" for part in ("torso", *WALKER_PARTS) for name in ("cos", "sin")), "height",
+        "speed z", "speed x", "pitch speed", *(f"{name} speed" for name in WALKER_JOINTS)), FLOOR, follow=True)}
 EFFECTORS = ("ball", "finger", "fingertip", "mass", "pointmass")
 TARGETS = {  # where a task's target offset counts from, and its radius
     "finger-turn_easy": ((0.2, 0.4), 0.07), "finger-turn_hard": ((0.2, 0.4), 0.03),
@@ -143,7 +158,7 @@ def write(data, path):
         for side in data["sides"]]
     page = data | {
         "seconds": model.opt.timestep * dmc.TASKS[task].substeps * data["action_repeat"],
-        "axes": ["xyz"[a] for a in scene.axes], "view": scene.view,
+        "axes": ["xyz"[a] for a in scene.axes], "view": scene.view, "follow": scene.follow,
         "bodies": shapes(model, scene), "string": string(model, scene),
         "target_radius": TARGETS[task][1] if task in TARGETS else 0,
         "ctrl_names": [model.actuator(i).name for i in range(model.nu)],

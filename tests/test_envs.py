@@ -34,7 +34,7 @@ def test_make_names():
                                    "point_mass-hard", "reacher-hard")
     assert envs.make("dmc:reacher-easy")[0].name == envs.make("reacher-easy")[0].name == "dmc:reacher-easy"
     for wrong, nearest in (("finger_spin", "finger-spin"), ("dmc:reacher", "dmc:reacher-"),
-                           ("Cartpole-v1", "CartPole-v1"), ("walker-walk", "nearest"),
+                           ("Cartpole-v1", "CartPole-v1"), ("walker-wlk", "walker-walk"),
                            ("popgym:StatelessCartPole", "popgym:StatelessCartPoleHard")):
         with pytest.raises(ValueError, match=nearest):
             envs.make(wrong)
