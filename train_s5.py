@@ -16,6 +16,7 @@ After Lu et al., "Structured State Space Models for In-Context Reinforcement Lea
 """
 
 import dataclasses
+import importlib.util
 import math
 from typing import Any, Callable, ClassVar, Literal, NamedTuple
 
@@ -55,7 +56,8 @@ class Memory(S5):
         return self.discretise()
 
 
-def make_memory(config, dtype):
+def make_memory(config: MemoryConfig, dtype: Any) -> Memory:
+    """The memory of an agent, its matrix products in `dtype`."""
     return Memory(
         features=config.width, state_size=config.state_size, layers=config.layers, initial=config.initial_state,
         scan=config.scan, dt_min=config.dt_min, dt_max=config.dt_max, dtype=dtype)
@@ -230,7 +232,7 @@ class Rollout(NamedTuple):
     step: envs.LaneStep
 
 
-def keep_final_input(slots, ended, entry):
+def keep_final_input(slots: list[tuple], ended: jax.Array, entry: tuple) -> list[tuple]:
     """`entry` (memory, inputs, time) put into the first empty slot of every lane where `ended` (N,).
 
     GAE needs the value of the input that would have come next in a trial that ran out of time. To value such an input
@@ -328,14 +330,15 @@ def make_train(config: Config) -> Train:
             action, log_prob = pi.sample_and_log_prob(seed=jax.random.fold_in(action_key, t))
             env_state, next_inputs, out = lanes.step(env_state, action, t)
             entry = (memory, out.final_input, jnp.full(N, t))
-            slots = keep_final_input(slots, out.trial_end & out.truncated, entry)
+            slots = keep_final_input(slots, out.trial_end & out.truncated & ~out.diverged, entry)
             stored = Rollout(inputs, reset, action, log_prob, value, out._replace(final_input=jnp.zeros(())))
             return (env_state, next_inputs, memory, (out.trial_end & forgets) | memoryless, slots), stored
 
         slots = [(runner.memory, runner.inputs, jnp.full(N, -1))] * num_slots
         carry = (runner.env_state, runner.inputs, runner.memory, runner.reset, slots)
         (env_state, inputs, memory, reset, slots), rollout = jax.lax.scan(env_step, carry, jnp.arange(T))
-        final_value = jnp.zeros((T, N))
+        # a trial that diverged has no final input; the last sound one, whose value is known, stands in for it
+        final_value = jnp.where(rollout.step.trial_end & rollout.step.truncated, rollout.value, 0.0)
         for kept_memory, kept_inputs, time in slots:
             value = policy(kept_memory, kept_inputs, jnp.full(N, memoryless))[2]
             final_value = jnp.where(jnp.arange(T)[:, None] == time, value, final_value)
@@ -430,13 +433,9 @@ def make_train(config: Config) -> Train:
 
 # ---- Command line ------------------------------------------------------------------------------------------
 def main() -> None:
-    """With experiment.py: a run folder, seeds, sweeps, logs, checkpoints, plots. Without: one seed, a printed table."""
-    try:
+    """With experiment.py: run folder, seeds, sweeps, logs, checkpoints, plots. Without: one seed, a printed table."""
+    if importlib.util.find_spec("experiment"):
         import experiment
-    except ModuleNotFoundError as error:
-        if error.name != "experiment":
-            raise
-    else:
         return experiment.main(Config, make_train, __doc__)
     config = tyro.cli(Config, description=__doc__)
     metrics = jax.jit(jax.vmap(make_train(config)))(jax.random.PRNGKey(0)[None])["metrics"]

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import envs
 import experiment
 import train_lstm
 import train_s5
@@ -227,6 +228,32 @@ def test_final_values_of_real_tasks(env, ends):
         _, _, value = train.network.apply(runner.params, memory, out.final_input[None],
                                           jnp.zeros((1, config.num_envs), bool))
         np.testing.assert_allclose(final_value[t, n], value[0, n], rtol=1e-4, atol=1e-5)
+
+
+def test_divergence_and_truncation_of_one_lane_in_one_rollout(monkeypatch):
+    """Both have their own final value: that of the final input, and that of the last sound one."""
+    class Exploding(envs.Lanes):
+        def step(self, state, action, t=0):
+            qvel = state.env[0].qvel
+            state = state.replace(env=(state.env[0].replace(qvel=qvel.at[0].set(jnp.where(t == 7, 1e6, qvel[0]))),))
+            return super().step(state, action, t)
+
+    monkeypatch.setattr(envs, "Lanes", Exploding)
+    train = train_s5.make_train(small(train_s5, env=("point_mass-easy",)))
+    runner = train.init(jax.random.PRNGKey(0))
+    state = runner.env_state
+    late = state.replace(episode_step=state.episode_step.at[0].set(996))
+    _, rollout, final_value, _ = jax.jit(train.collect)(runner._replace(env_state=late))
+    step = rollout.step
+    assert np.flatnonzero(step.trial_end[:, 0]).tolist() == np.flatnonzero(step.truncated[:, 0]).tolist() == [3, 7]
+    assert np.flatnonzero(step.diverged[:, 0]).tolist() == [7]
+    assert final_value[7, 0] == rollout.value[7, 0] != 0
+    state, jitted = late, jax.jit(train.lanes.step)
+    for t in range(4):
+        state, _, out = jitted(state, rollout.action[t], t)
+    memory, _, _ = train.network.apply(runner.params, runner.memory, rollout.inputs[:4], rollout.reset[:4])
+    _, _, value = train.network.apply(runner.params, memory, out.final_input[None], jnp.zeros((1, 8), bool))
+    np.testing.assert_allclose(final_value[3, 0], value[0, 0], rtol=1e-4, atol=1e-5)
 
 
 # -- training functions ---------------------------------------------------------------------------------------
