@@ -73,6 +73,8 @@ class Options:
         for name in ("seed", "sweep_chunk", "checkpoint_minutes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.name in (".", "..") or re.search(r"[/\\\0]", self.name):
+            raise ValueError(f"name must be that of one folder under runs_dir, without / or \\, got {self.name!r}")
 
 
 # ---- Command line ------------------------------------------------------------------------------------------
@@ -223,7 +225,8 @@ def new_run(config: Any, options: Options) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(saved, indent=1) + "\n")
     except OSError as error:
-        raise ValueError(f"cannot write the run folder {folder}: {error}") from None
+        raise ValueError(f"cannot write the run folder {folder} ({error.strerror}): choose a --runs-dir that exists or "
+                         "can be made") from None
     return folder
 
 
@@ -240,7 +243,7 @@ def read_run(folder: Path | str, config_class: type | None = None) -> tuple[Any,
     path = Path(folder) / "config.json"
     try:
         saved = json.loads(path.read_text())
-        trainer, parts = saved["trainer"], [saved["config"], saved.get("options")]
+        trainer, parts = saved["trainer"], [{**saved["config"]}, saved.get("options")]
     except OSError:
         raise ValueError(f"{folder} is not a run folder: it holds no readable config.json") from None
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -255,6 +258,12 @@ def read_run(folder: Path | str, config_class: type | None = None) -> tuple[Any,
     if parts[1] is None:
         raise ValueError(f"{folder} was written before the flags were renamed (num_lanes became num_envs, ...) and can "
                          "only be read by the code of its time: train again")
+    for kind, values in zip((config_class, Options), parts):
+        names = {field.name for field in dataclasses.fields(kind)}
+        unknown, missing = (", ".join(sorted(group)) for group in (set(values) - names, names - set(values)))
+        if unknown or missing:
+            raise ValueError(f"{path} does not fit {trainer}.py, which has other settings (unknown: "
+                             f"{unknown or 'none'}; missing: {missing or 'none'}): train again")
     try:
         config, options = (
             kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
@@ -312,14 +321,7 @@ class Logs:
     def __init__(self, config: Any, options: Options, folder: Path, update: int):
         self.folder, self.files, self.board, self.wandb = folder, {}, None, None
         for name in ("metrics", "timing"):
-            path = folder / f"{name}.csv"
-            if path.exists():
-                with path.open(newline="") as file:
-                    rows = list(csv.DictReader(file))
-                path.unlink()
-                for row in rows:
-                    if int(row["update"]) <= update:
-                        self.write(name, row)
+            keep_rows(folder / f"{name}.csv", update)
         if options.tensorboard:
             from tensorboardX import SummaryWriter
             self.board = SummaryWriter(str(folder / "tensorboard"))
@@ -363,6 +365,25 @@ class Logs:
             self.wandb.finish()
 
 
+def keep_rows(path: Path, update: int) -> None:
+    """Drop the rows after `update` from a log. The file is replaced whole: a kill at any moment leaves old or new."""
+    if not path.exists():
+        return
+    with path.open(newline="") as file:
+        header, *rows = csv.reader(file) if path.stat().st_size else [[]]
+    # a kill may have cut the last row short: such rows are always later than the last checkpoint
+    kept = [row for row in rows if len(row) == len(header) and int(row[0]) <= update]
+    if not kept:
+        path.unlink()  # the header too may have been cut short
+        return
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:
+        csv.writer(file).writerows([header, *kept])
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
 def cell(value: Any) -> Any:
     """A value as it stands in a CSV file: six digits of a float, nothing for NaN."""
     if not isinstance(value, float):
@@ -402,9 +423,10 @@ def run(make_train: Callable, config: Any, options: Options) -> Path:
     groups = init_groups(train, config, options)
     manager = ocp.CheckpointManager((folder / "checkpoints").absolute(),
                                     options=ocp.CheckpointManagerOptions(max_to_keep=2))
-    update = 0
-    if options.resume:
+    update, saved = 0, set()
+    if options.resume and (manager.all_steps() or (folder / "metrics.csv").exists()):  # else killed before training
         update, groups = restore(manager, groups)
+        saved.add(update)
     chunk = compile_chunk(train, config.log_every, groups[0])
     weights = sum(x.size for x in jax.tree.leaves(groups[0].params)) // groups[0].key.shape[0]
     print(f"{folder}: {len(members)} x {config.total_timesteps:,} steps of {', '.join(config.env)} on "
@@ -415,7 +437,6 @@ def run(make_train: Callable, config: Any, options: Options) -> Path:
     per_update = config.steps_per_update
     bar = tqdm(total=config.num_updates * per_update, initial=update * per_update, unit="step", unit_scale=True)
     begin = last_save = time.perf_counter()
-    saved = {update} if options.resume else set()
 
     def save():
         if update not in saved:
@@ -426,6 +447,7 @@ def run(make_train: Callable, config: Any, options: Options) -> Path:
 
     try:
         save()
+        manager.wait_until_finished()  # there is no row without a checkpoint before it
         while update < config.num_updates:
             start = time.perf_counter()
             results = [chunk(group) for group in groups]

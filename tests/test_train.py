@@ -223,7 +223,10 @@ def test_final_values_of_real_tasks(env, ends):
         state, inputs = runner.env_state, None
         for s in range(t + 1):
             state, inputs, out = train.lanes.step(state, rollout.action[s], s)
-        upto = lambda x: x[:t + 1]  # noqa: E731
+
+        def upto(x):
+            return x[:t + 1]
+
         memory, _, _ = train.network.apply(runner.params, runner.memory, upto(rollout.inputs), upto(rollout.reset))
         _, _, value = train.network.apply(runner.params, memory, out.final_input[None],
                                           jnp.zeros((1, config.num_envs), bool))
@@ -346,6 +349,71 @@ def test_kill_and_resume_is_bit_identical(trainer, tmp_path):
     assert (tmp_path / "killed/metrics.csv").read_bytes() == (tmp_path / "whole/metrics.csv").read_bytes()
 
 
+KILLER = """
+import os, runpy, signal, sys
+import experiment
+script, owner, name, when, calls, *flags = sys.argv[1:]
+owner, calls = eval(owner), int(calls)
+original = getattr(owner, name)
+def killing(*args, **kwargs):
+    global calls
+    calls -= 1
+    if when == "after" or calls:
+        result = original(*args, **kwargs)
+    if calls == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+setattr(owner, name, killing)
+sys.argv = [script, *flags]
+runpy.run_path(script, run_name="__main__")
+"""
+MOMENTS = [  # (owner, function, SIGKILL before or after it, at which call)
+    ("experiment.ocp.CheckpointManager", "save", "before", 1),  # there is nothing to resume from
+    ("experiment.Logs", "chunk", "after", 1),  # rows, and no checkpoint after them
+    ("experiment.Logs", "chunk", "before", 3),
+    ("experiment", "restore", "after", 1),
+    ("experiment.os", "fsync", "after", 1),  # old rows are being dropped
+    ("experiment.os", "replace", "before", 1),
+    ("experiment.os", "replace", "after", 1),
+    ("experiment.Logs", "__init__", "after", 1),  # right after "ready"
+    ("experiment.ocp.CheckpointManager", "save", "after", 1),  # while a checkpoint is written
+    ("experiment", "plot_training", "before", 1)]
+
+
+def test_a_kill_at_no_moment_loses_rows(tmp_path):
+    """After each of ten kills the logs hold all that the newest checkpoint stands for; in the end they are whole."""
+    flags = ["--env", "CartPole-v1", "--total-timesteps", "4000", "--log-every", "4", "--checkpoint-minutes", "0",
+             "--runs-dir", str(tmp_path), *FLAGS]
+    assert command("train_s5", *flags, "--name", "whole").returncode == 0
+    whole, folder = (tmp_path / "whole/metrics.csv").read_bytes(), tmp_path / "killed"
+    flags += ["--name", "killed"]
+    for moment in MOMENTS:
+        done = subprocess.run([sys.executable, "-c", KILLER, str(ROOT / "train_s5.py"), *map(str, moment), *flags],
+                              cwd=ROOT, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+        assert done.returncode == -signal.SIGKILL, (moment, done.stderr)
+        flags = ["--resume", str(folder)]
+        saved = [int(path.name) for path in folder.glob("checkpoints/*") if path.name.isdigit()]
+        if not saved or max(saved) == 0:
+            continue
+        metrics, timing = ((folder / f"{name}.csv").read_bytes() for name in ("metrics", "timing"))
+        assert whole.startswith(metrics) and metrics.count(b"\n") >= 1 + max(saved), moment
+        assert timing.count(b"\n") >= 1 + max(saved) // 4, moment
+    assert command("train_s5", *flags).returncode == 0
+    assert (folder / "metrics.csv").read_bytes() == whole
+
+
+@pytest.mark.parametrize("text,update,kept", [
+    ("update,a\r\n2,1\r\n4,2\r\n6", 4, "update,a\r\n2,1\r\n4,2\r\n"),
+    ("update,a\r\n2,1\r\n4,2\r\n", 2, "update,a\r\n2,1\r\n"),
+    ("upda", 0, None), ("", 0, None), ("update,a\r\n2,1\r\n", 0, None)])
+def test_rows_after_the_checkpoint_are_dropped(tmp_path, text, update, kept):
+    """Also where a kill has cut the last row short, or the header."""
+    path = tmp_path / "log.csv"
+    path.write_bytes(text.encode())
+    experiment.keep_rows(path, update)
+    assert (path.read_bytes().decode() if path.exists() else None) == kept
+
+
 def test_broken_checkpoint_falls_back_and_foreign_is_refused(tmp_path):
     folder = run(train_s5, dict(runs_dir=str(tmp_path), checkpoint_minutes=0.0), total_timesteps=1024)
     steps = sorted(int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit())
@@ -374,7 +442,11 @@ def test_folders_that_cannot_be_read_say_why(tmp_path):
     old = {"trainer": "train_s5", "config": {"num_lanes": 8, "total_steps": 512, "seed": 0}}
     for saved, message in [
             (whole, None), (old, "num_lanes became num_envs"), (whole | {"trainer": "train_gru"}, "train_gru.py"),
-            ([1, 2], "not written by a trainer"), (whole | {"config": whole["config"] | {"lr": -1}}, "lr must be")]:
+            ([1, 2], "not written by a trainer"), (whole | {"config": 3}, "not written by a trainer"),
+            (whole | {"config": whole["config"] | {"lr": -1}}, "lr must be"),
+            (whole | {"config": whole["config"] | {"lr": "high"}}, "does not fit"),
+            (whole | {"config": whole["config"] | {"depth": 3}}, "unknown: depth"),
+            (whole | {"options": {"seed": 0}}, "missing: checkpoint_minutes")]:
         (tmp_path / "config.json").write_text(json.dumps(saved))
         if message is None:
             assert experiment.read_run(tmp_path) == (config, dataclasses.replace(options, resume=str(tmp_path)))
@@ -415,13 +487,19 @@ def test_two_devices_equal_one(tmp_path):
 
 @pytest.mark.parametrize("flags,message", [
     (["--env", "finger-spinn"], "finger-spin"), (["--num-envs", "7"], "divisible"), (["--num-seeds", "0"], "num_seeds"),
-    (["--lr", "-1"], "lr"), (["--sweep", "width=8,16"], "sweep"), (["--no-such-flag"], "no-such-flag"),
-    (["--runs-dir", "/proc/nowhere"], "run folder"), (["--resume", "nowhere"], "nowhere")])
-def test_bad_input_is_one_sentence_and_exit_code_2(flags, message, tmp_path):
-    done = command("train_s5", *flags, cwd=tmp_path)
-    assert done.returncode == 2
-    assert message in done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
+    (["--lr", "-1"], "lr must be positive"), (["--lr", "high"], "--lr"), (["--sweep", "width=8,16"], "sweep"),
+    (["--no-such-flag"], "no-such-flag"), (["--preset", "gpu"], "accelerator"), (["--name", "../x"], "name must be"),
+    (["--runs-dir", "/proc/nowhere"], "choose a --runs-dir"), (["--resume", "nowhere"], "nowhere"),
+    (["--sweep-chunk", "2"], "sweep_chunk=2 must divide")])
+def test_bad_input_is_one_sentence_and_exit_code_2(flags, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train_s5.py", *flags])
+    with pytest.raises(SystemExit) as stop:
+        train_s5.main()
+    assert stop.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line
+    assert not list(tmp_path.rglob("config.json"))
 
 
 def test_wandb_that_is_not_installed(monkeypatch, tmp_path):
