@@ -77,8 +77,7 @@ def _scan(parallel, unroll, a, b, x0, keep, reverse=False):
     if parallel:
         a, first = jnp.where(keep, a, 0), -1 if reverse else 0
         b = b.at[first].add(a[first] * x0)
-        combine = lambda i, j: (j[0] * i[0], j[0] * i[1] + j[1])
-        return lax.associative_scan(combine, (a, b), reverse=reverse)[1]
+        return lax.associative_scan(lambda i, j: (j[0] * i[0], j[0] * i[1] + j[1]), (a, b), reverse=reverse)[1]
 
     def step(x, inputs):
         a_t, b_t, keep_t = inputs

@@ -12,10 +12,10 @@ import argparse
 from pathlib import Path
 
 from common import RESULTS, Table  # first: it finds the project
-from memory_chain import final_returns, mean_interval
 
 import envs
 import train_s5
+from memory_chain import final_returns, mean_interval
 
 VARIANTS = {
     "baseline": {}, "learned initial state": {"initial_state": "learned"},

@@ -32,10 +32,10 @@ import argparse
 import importlib
 from pathlib import Path
 
-from common import RESULTS, Table, compile_program, seconds  # first: it finds the project
-
 import jax
 import jax.numpy as jnp
+
+from common import RESULTS, Table, compile_program, seconds  # first: it finds the project
 
 import experiment
 from hlo import count, describe, loop_body, parse

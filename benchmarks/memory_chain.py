@@ -12,12 +12,12 @@ seeds.
 import argparse
 from pathlib import Path
 
-from common import RESULTS, Table, plot_into  # first: it finds the project
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy.stats import t as student
+
+from common import RESULTS, Table, plot_into  # first: it finds the project
 
 import experiment
 import train_lstm

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import mujoco
 import mujoco.rollout
 import numpy as np
+
 from common import RESULTS, Table, compile_program, plot_into, seconds  # first: it finds the project
 
 import dmc

@@ -28,10 +28,10 @@ a file describes (hlo.py), and takes the floor from the bandwidth stated there. 
 import argparse
 from pathlib import Path
 
-from common import RESULTS, Table, compile_program, plot_into, seconds  # first: it finds the project
-
 import jax
 import jax.numpy as jnp
+
+from common import RESULTS, Table, compile_program, plot_into, seconds  # first: it finds the project
 
 from hlo import count, describe, parse
 from s5 import linear_recurrence
@@ -90,7 +90,10 @@ def copy_rate(repeats):
 def shapes(length, batch, states):
     """a, b, x0, reset and dx without their values."""
     P = states // 2
-    complex_shape = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.complex64)  # noqa: E731
+
+    def complex_shape(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.complex64)
+
     sequence = complex_shape(length, batch, P)
     return (complex_shape(P), sequence, complex_shape(batch, P),
             jax.ShapeDtypeStruct((length, batch), bool), sequence)
@@ -101,7 +104,10 @@ def values(length, batch, states):
     P = states // 2
     keys = jax.random.split(jax.random.PRNGKey(0), 4)
     a = jnp.exp(jax.lax.complex(-jnp.geomspace(1e-3, 1e-1, P), jnp.linspace(0, 1, P)))
-    normal = lambda key, *shape: jax.random.normal(key, shape, jnp.complex64)  # noqa: E731
+
+    def normal(key, *shape):
+        return jax.random.normal(key, shape, jnp.complex64)
+
     return (a, normal(keys[0], length, batch, P), normal(keys[1], batch, P),
             jax.random.bernoulli(keys[2], 0.01, (length, batch)), normal(keys[3], length, batch, P))
 

@@ -11,10 +11,10 @@ import argparse
 import time
 from pathlib import Path
 
-from common import RESULTS, Table  # first: it finds the project
-
 import jax
 import jax.numpy as jnp
+
+from common import RESULTS, Table  # first: it finds the project
 
 import experiment
 import train_s5

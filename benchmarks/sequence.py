@@ -21,11 +21,11 @@ Fitted exponents (time ~ length^x over the longest three lengths) are printed an
 import argparse
 from pathlib import Path
 
-from common import RESULTS, Table, compile_program, plot_into, seconds  # first: it finds the project
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from common import RESULTS, Table, compile_program, plot_into, seconds  # first: it finds the project
 
 import train_lstm
 import train_s5
@@ -75,7 +75,10 @@ def program(memory, cost, length, batch, width):
 
     def acting(params, state, x, reset):
         prepared = memory.apply(params, method="prepare")
-        step = lambda s, inputs: memory.apply(params, prepared, s, *inputs, method="step")  # noqa: E731
+
+        def step(s, inputs):
+            return memory.apply(params, prepared, s, *inputs, method="step")
+
         return jax.lax.scan(step, state, (x, reset))
 
     function = {"forward": forward, "forward+backward": jax.value_and_grad(loss), "acting": acting}[cost]

@@ -27,11 +27,11 @@ import math
 import tempfile
 from pathlib import Path
 
-from common import RESULTS, Table, compile_program, plot_into, seconds  # first: it finds the project
-
 import jax
 import jax.numpy as jnp
 from jax.experimental.compilation_cache import compilation_cache
+
+from common import RESULTS, Table, compile_program, plot_into, seconds  # first: it finds the project
 
 import experiment
 

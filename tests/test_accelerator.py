@@ -62,7 +62,10 @@ def test_the_floor_counts_every_array_once(load):
     a, b, x0, reset, dx = scan.shapes(16, 4, 8)
     both = scan.forward_backward(scan.recurrence("parallel", 8))
     x, _, db, dx0 = jax.eval_shape(both, a, b, x0, reset, dx)
-    size = lambda *arrays: sum(v.size * v.dtype.itemsize for v in arrays)  # noqa: E731
+
+    def size(*arrays):
+        return sum(v.size * v.dtype.itemsize for v in arrays)
+
     assert scan.least_bytes("forward", 16, 4, 8) == size(b, reset, x0, x)
     assert (scan.least_bytes("forward+backward", 16, 4, 8)
             == size(b, reset, x0, x) + size(dx, x, reset, db, x0, dx0))

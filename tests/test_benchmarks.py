@@ -105,7 +105,9 @@ def test_flops_count_loops_and_gradients(load):
         return jax.lax.scan(lambda h, _: (jnp.tanh(h @ w), None), x, None, 7)[0].sum()
 
     w, x = jnp.zeros((5, 5)), jnp.zeros((3, 5))
-    count = lambda f: load("train").product_flops(jax.make_jaxpr(f)(w, x).jaxpr)  # noqa: E731
+    def count(f):
+        return load("train").product_flops(jax.make_jaxpr(f)(w, x).jaxpr)
+
     assert count(loss) == 7 * 2 * 3 * 5 * 5
     assert count(jax.grad(loss)) == 3 * count(loss)  # forward, and two products of the same size backwards
     assert count(jax.vmap(loss, (None, 0))) == 7 * 2 * 3 * 5 * 5

@@ -16,7 +16,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import scipy.stats
-import train_lstm
 
 import dmc
 import envs
@@ -25,6 +24,7 @@ import experiment
 import physics
 import replay
 import report
+import train_lstm
 import train_s5
 
 ROOT = Path(__file__).resolve().parent.parent

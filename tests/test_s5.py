@@ -53,7 +53,10 @@ def discretise(net, params):
 def run_steps(net, params, state, x, reset, dt=None):
     """The sequence by acting steps: no code in common with the recurrence."""
     discrete = net.apply(params, method="discretise")
-    step = lambda s, now: net.apply(params, discrete, s, *now, method="step")
+
+    def step(s, now):
+        return net.apply(params, discrete, s, *now, method="step")
+
     return jax.lax.scan(step, state, (x, reset, dt))
 
 
@@ -130,7 +133,10 @@ def test_operator_composes_the_maps_it_stands_for():
     for flags in itertools.product([False, True], repeat=2):
         a, b, c = elements(rng, flags)
         x = complex_normal(rng, 5)
-        apply = lambda e, x: np.where(e[2], 0, e[0] * x) + e[1]
+
+        def apply(e, x):
+            return np.where(e[2], 0, e[0] * x) + e[1]
+
         first, second = zip(a, b, c)
         expected = apply(second, apply(first, x))
         np.testing.assert_allclose(apply(combine(first, second), x), expected, atol=1e-12)
@@ -204,7 +210,9 @@ def test_recurrence_gradients(scan, varying):
             x = recurrence(*(jax.lax.complex(v[0], v[1]) for v in pairs), reset)
             return jnp.sum(jnp.tanh((x * weights).real)) + jnp.sum(jnp.abs(x[-1]) ** 2)
 
-        fast = lambda *args: linear_recurrence(*args, scan)
+        def fast(*args):
+            return linear_recurrence(*args, scan)
+
         gradient = jax.jit(jax.grad(lambda p: loss(fast, p)))(pairs)
         assert all(g.dtype == jnp.float64 for g in gradient)
         close(gradient, jax.jit(jax.grad(lambda p: loss(operator_scan, p)))(pairs), 1e-10)
@@ -212,7 +220,10 @@ def test_recurrence_gradients(scan, varying):
         rng, h = np.random.default_rng(1), 1e-6
         for _ in range(3):
             direction = [jnp.asarray(rng.normal(size=p.shape)) for p in pairs]
-            moved = lambda s: value([p + s * h * d for p, d in zip(pairs, direction)])
+
+            def moved(s):
+                return value([p + s * h * d for p, d in zip(pairs, direction)])
+
             slope = sum(jnp.sum(g * d) for g, d in zip(gradient, direction))
             np.testing.assert_allclose((moved(1) - moved(-1)) / (2 * h), slope, rtol=1e-6)
 
@@ -220,9 +231,14 @@ def test_recurrence_gradients(scan, varying):
 def test_parallel_gradient_stores_only_the_states():
     """What the backward pass keeps is of the size of x, whatever the depth of the scan."""
     a, b, x0, reset = map(jnp.asarray, recurrence_case([3], False))
-    saved = lambda f: jax.eval_shape(lambda *v: jax.vjp(lambda *v: f(*v, reset), *v)[1], a, b, x0)
+
+    def saved(f):
+        return jax.eval_shape(lambda *v: jax.vjp(lambda *v: f(*v, reset), *v)[1], a, b, x0)
+
     ours, plain = saved(lambda *v: linear_recurrence(*v, "parallel")), saved(operator_scan)
-    size = lambda tree: sum(v.size * v.dtype.itemsize for v in jax.tree.leaves(tree))
+    def size(tree):
+        return sum(v.size * v.dtype.itemsize for v in jax.tree.leaves(tree))
+
     assert size(ours) < 1.3 * b.size * b.dtype.itemsize < size(plain) / 2
 
 
@@ -378,10 +394,14 @@ def test_gradients_agree_between_scans_steps_and_differences():
             return jnp.mean(jnp.sin(y)) + sum(jnp.mean(jnp.abs(s) ** 2) for s in new)
         return value
 
-    stepped = lambda p, s, x, dt: run_steps(net, p, s, x, reset, dt)
+    def stepped(p, s, x, dt):
+        return run_steps(net, p, s, x, reset, dt)
+
     expected = jax.jit(jax.grad(loss(stepped), (0, 1, 2, 3)))(params, state, x, dt)
     for scan in SCANS:
-        scanned = lambda p, s, x, dt: run(net.clone(scan=scan), p, s, x, reset, dt)
+        def scanned(p, s, x, dt):
+            return run(net.clone(scan=scan), p, s, x, reset, dt)
+
         close(jax.jit(jax.grad(loss(scanned), (0, 1, 2, 3)))(params, state, x, dt), expected, 1e-4)
     value, h = jax.jit(lambda p: loss(stepped)(p, state, x, dt)), 1e-2
     gradient = expected[0]["params"]["stack_0"]
@@ -500,7 +520,10 @@ def test_bfloat16_matmuls():
     assert 1e-5 < error < 0.03
     assert {d["B_bar"].dtype for d in discretise(half, params)} == {jnp.dtype(jnp.bfloat16)}
     close(run_steps(half, params, state, x, reset), rounded, 0.02)
-    loss = lambda p, net: jnp.mean(run(net, p, state, x, reset)[1] ** 2)
+
+    def loss(p, net):
+        return jnp.mean(run(net, p, state, x, reset)[1] ** 2)
+
     gradient = jax.jit(jax.grad(loss), static_argnums=1)
     for a, b in zip(jax.tree.leaves(gradient(params, half)), jax.tree.leaves(gradient(params, net))):
         assert a.dtype == b.dtype == jnp.float32 and np.linalg.norm(a - b) < 0.1 * np.linalg.norm(b)
@@ -526,7 +549,10 @@ def test_parameters_stay_float32_when_float64_is_enabled():
 
 def test_auto_is_one_of_the_scans():
     a, b, x0, reset = map(jnp.asarray, recurrence_case([3], False))
-    program = lambda scan: str(jax.make_jaxpr(lambda a: linear_recurrence(a, b, x0, reset, scan))(a))
+
+    def program(scan):
+        return str(jax.make_jaxpr(lambda a: linear_recurrence(a, b, x0, reset, scan))(a))
+
     assert program("auto") == program("sequential" if jax.default_backend() == "cpu" else "parallel")
     assert program("parallel") != program("sequential")
 
@@ -539,9 +565,14 @@ def test_initial_state_buffers_can_be_donated():
 
 def test_vmap_over_seeds():
     net, _, state, x, reset = make()
-    stack = lambda *leaves: jnp.stack(leaves)
+
+    def stack(*leaves):
+        return jnp.stack(leaves)
+
     params = jax.tree.map(stack, *[make(seed)[1] for seed in range(3)])
-    loss = lambda p, scan: jnp.mean(run(net.clone(scan=scan), p, state, x, reset)[1] ** 2)
+    def loss(p, scan):
+        return jnp.mean(run(net.clone(scan=scan), p, state, x, reset)[1] ** 2)
+
     alone = jax.jit(jax.value_and_grad(partial(loss, scan="sequential")))
     expected = [alone(jax.tree.map(lambda p: p[i], params)) for i in range(3)]
     assert len({float(value) for value, _ in expected}) == 3
@@ -571,7 +602,10 @@ def test_inside_an_actor_critic():
     params = jax.jit(agent.init)(jax.random.key(1), state, x, reset)
     expected = jax.jit(agent.apply)(params, state, x, reset)
     discrete = discretise(agent, params)
-    act = lambda s, now: agent.apply(params, discrete, s, *now, method="act")
+
+    def act(s, now):
+        return agent.apply(params, discrete, s, *now, method="act")
+
     close(jax.jit(lambda s: jax.lax.scan(act, s, (x, reset)))(state), expected, 2e-5)
 
 
