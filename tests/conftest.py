@@ -1,11 +1,32 @@
 """Tests import the top-level files, run on the CPU and share one cache of compiled functions."""
 
+import importlib.util
 import os
 import sys
 import tempfile
 from pathlib import Path
 
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MUJOCO_GL", "disable")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "jax-icrl-tests"))
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """load(name): the benchmark as a module. They turn the compilation cache off, here only for a moment."""
+    import jax  # after the settings above
+
+    def load(name):
+        monkeypatch.setattr(sys, "path", [*sys.path, str(BENCHMARKS)])
+        spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    cache = jax.config.jax_compilation_cache_dir
+    yield load
+    jax.config.update("jax_compilation_cache_dir", cache)

@@ -2,7 +2,6 @@
 
 import argparse
 import csv
-import importlib.util
 import os
 import re
 import shlex
@@ -19,21 +18,6 @@ import experiment
 import train_s5
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
-
-
-@pytest.fixture
-def load(monkeypatch):
-    """load(name): the benchmark as a module. They turn the compilation cache off, here only for a moment."""
-    def load(name):
-        monkeypatch.setattr(sys, "path", [*sys.path, str(FOLDER)])
-        spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    cache = jax.config.jax_compilation_cache_dir
-    yield load
-    jax.config.update("jax_compilation_cache_dir", cache)
 
 
 # ---- The recurrence ----------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """The benchmarks run at tiny sizes, and what they compute from their measurements is right."""
 
 import csv
-import importlib.util
 import os
 import subprocess
 import sys
@@ -10,24 +9,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
-
-
-@pytest.fixture
-def load(monkeypatch):
-    """load(name): the benchmark as a module. They turn the compilation cache off, here only for a moment."""
-    def load(name):
-        monkeypatch.setattr(sys, "path", [*sys.path, str(FOLDER)])
-        spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    cache = jax.config.jax_compilation_cache_dir
-    yield load
-    jax.config.update("jax_compilation_cache_dir", cache)
 
 
 def run(script, folder, *flags, picture=True):
