@@ -290,6 +290,7 @@ class Lanes:
       tasks, num_lanes, obs_size: as given.
       lane_task: (num_lanes,) numpy int, index of each lane's task.
       input_size: size of what the agent sees.
+      output_of_input: input_size numbers: which number of o' an input is, or is the change of; -1 for all others.
       discrete: whether actions are.
       action_size: number of actions if discrete.
       max_episode_steps, trial_length: the shortest among tasks, None if there is no limit.
@@ -344,7 +345,9 @@ class Lanes:
                     raise ValueError(
                         f"the {projection} projection needs obs_size >= {obs_dim} and action_size >= "
                         f"{act_dim} for {task}, got obs_size={obs_size} and action_size={action_size}")
-        self.input_size = self.obs_size * (2 if observe_change else 1) + self.action_size + 3
+        outputs = tuple(range(self.obs_size))
+        self.output_of_input = outputs + (-1,) * (self.action_size + 3) + (outputs if observe_change else ())
+        self.input_size = len(self.output_of_input)
 
         limits = [getattr(params, "max_steps_in_episode", None) for params in self.params]
         limits = [None if n is None else math.ceil(n / action_repeat) for n in limits]

@@ -11,12 +11,14 @@ seeds of the same place in other runs, meet the same ones (starts and projection
 are paired. The trials of a task do not depend on what else is evaluated. The policies:
 
     memory, sampled / mode    the agent, acting at random as in training, or by the mode of its policy
-    reset, sampled / mode     the same with its memory reset before every step
+    blind, sampled / mode     the same with all observations hidden; its memory, last action, reward and flags stay
+    reset, sampled / mode     the agent with its memory reset before every step
     random, zero              uniform random actions in [-1, 1] (or among all discrete ones); zeros
 
 A return is a sum of rewards over an episode, the mean over the trial's episodes if it has several; with
 --episodes a trial may last longer than in training. What becomes of the numbers is in report.py (statistics,
-tables, pictures) and replay.py.
+tables, pictures) and replay.py. "Reading", in the report, is the return with memory minus the blind one in the same
+trials: what the agent gains by looking.
 """
 
 import difflib
@@ -42,9 +44,11 @@ from report import BINS
 
 EVAL_SEED = 230303982  # all randomness of an evaluation
 SAMPLE, MODE, RANDOM, ZERO = range(4)
-POLICIES = {  # name: (kind of action, whether the memory is reset before every step)
-    "memory, sampled": (SAMPLE, False), "memory, mode": (MODE, False), "reset, sampled": (SAMPLE, True),
-    "reset, mode": (MODE, True), "random": (RANDOM, False), "zero": (ZERO, False)}
+POLICIES = {  # name: (kind of action, whether the memory is reset before every step, whether observations are hidden)
+    "memory, sampled": (SAMPLE, False, False), "memory, mode": (MODE, False, False),
+    "blind, sampled": (SAMPLE, False, True), "blind, mode": (MODE, False, True),
+    "reset, sampled": (SAMPLE, True, False), "reset, mode": (MODE, True, False),
+    "random": (RANDOM, False, False), "zero": (ZERO, False, False)}
 FAMILIES = ("gaussian", "orthogonal", "rademacher", "identity")
 
 
@@ -160,7 +164,7 @@ class Variants(NamedTuple):
 
     kind: Any  # (V,) SAMPLE, MODE, RANDOM or ZERO
     reset_every_step: Any  # (V,) bool, reset the memory before every step
-    outputs: Any  # (V,) int, how many outputs of the projection are shown to the agent
+    outputs: Any  # (V,) int, how many numbers of a projected observation are shown to the agent; 0: it is blind
 
 
 def trial_keys(task, place):
@@ -209,13 +213,6 @@ def make_start(agent, lanes, families):
     return jit_once(start)
 
 
-def output_of_channel(lanes):
-    """(input_size,) int: which output of the projection, or its change, each input shows; -1 for the others."""
-    position, after = np.arange(lanes.input_size), lanes.obs_size + lanes.action_size + 3
-    channel = np.where(position < after, -1, position - after)
-    return np.where(position < lanes.obs_size, position, channel)
-
-
 def horizon(lanes):
     """Steps of the longest trial; episodes without a time limit are followed for 1000 steps."""
     longest = int(lanes.limits.max())
@@ -230,7 +227,7 @@ def make_rollout(agent, lanes, record=False):
     episode_end, diverged; with record=True also qpos, target, inputs and action, as they were when the agent
     acted.
     """
-    network = agent.trainer.ActorCritic(agent.config, lanes.action_size, lanes.discrete)
+    network = agent.trainer.ActorCritic(agent.config, lanes.action_size, lanes.discrete, lanes.output_of_input)
     memory = agent.trainer.make_memory(agent.config, jnp.float32)
     steps = horizon(lanes)
     one_episode = lanes.episodes_per_trial == 1  # then no spare start is ever taken: draw none
@@ -240,7 +237,6 @@ def make_rollout(agent, lanes, record=False):
         shape = inputs.shape[:2]
         memoryless = agent.config.memory == "none"
         reset_every_step = jnp.broadcast_to(variants.reset_every_step[:, None] | memoryless, shape)
-        visible = output_of_channel(lanes) < variants.outputs[:, None, None]
 
         def act(pi, key):
             sample_key, random_key = jax.random.split(key)
@@ -255,15 +251,15 @@ def make_rollout(agent, lanes, record=False):
 
         def step(carry, t):
             state, inputs, memory_state, reset, alive = carry
-            seen = inputs * visible
-            memory_state, pi, _ = network.apply(params, prepared, memory_state, seen, reset, method="step")
+            memory_state, pi, _ = network.apply(params, prepared, memory_state, inputs, reset,
+                                                variants.outputs[:, None], method="step")
             action = act(pi, jax.random.fold_in(key, t))
             when = 1 if one_episode else t
             new_state, new_inputs, out = jax.vmap(lanes.step, (0, 0, None))(state, action, when)
             result = dict(reward=jnp.where(alive, out.reward, 0.0), alive=alive,
                           episode_end=out.episode_end & alive, diverged=out.diverged & alive)
             if record:
-                result |= dict(qpos=state.env[0].qpos, target=state.env[0].target, inputs=seen, action=action)
+                result |= dict(qpos=state.env[0].qpos, target=state.env[0].target, inputs=inputs, action=action)
             reset, alive = out.trial_end | reset_every_step, alive & ~out.trial_end
             return (new_state, new_inputs, memory_state, reset, alive), result
 
@@ -332,12 +328,13 @@ def measure(agent, tasks, trials, episodes, projections, sizes, shown):
       a Result.
     """
     own, everything = own_family(agent), agent.obs_size
-    jobs = {name: (own, kind, reset, everything) for name, (kind, reset) in POLICIES.items()}
+    jobs = {name: (own, kind, reset, 0 if blind else everything) for name, (kind, reset, blind) in POLICIES.items()}
     columns = {}
     if projections:
-        columns = {family: (family, *POLICIES[shown], everything) for family in FAMILIES if family != own}
+        kind, reset, _ = POLICIES[shown]
+        columns = {family: (family, kind, reset, everything) for family in FAMILIES if family != own}
         family = "gaussian" if own == "identity" else own
-        columns |= {f"{family}, {size} of {everything}": (family, *POLICIES[shown], size) for size in sizes}
+        columns |= {f"{family}, {size} of {everything}": (family, kind, reset, size) for size in sizes}
     names, (families, *variants) = [*jobs, *columns], zip(*jobs.values(), *columns.values())
     variants, diverged, found, steps = Variants(*map(jnp.array, variants)), 0, [], []
     for task in tasks:
@@ -455,7 +452,7 @@ def evaluate(folders: tyro.conf.Positional[tuple[Path, ...]], tasks: tuple[str, 
         for group, index in report.groups(result).items():
             if length > 1:
                 print(f"\nreturn by episode, tasks {group}\n{report.episodes_table(result, shown, index)}")
-            print(f"\ntasks {group}\n{report.returns_table(result, index)}")
+            print(f"\ntasks {group}\n{report.reading_table(result, index)}\n\n{report.returns_table(result, index)}")
     if len(results) > 1:
         folder = out or agents[0].folder / "eval"
         folder.mkdir(parents=True, exist_ok=True)

@@ -146,10 +146,8 @@ def cell(x):
 def heading(results):
     """What the cells of a table of returns hold, for its corner."""
     seeds = sorted({r.returns["zero"].shape[1] for r in results})
-    kinds = ["one seed: (95 % over its trials, not over runs)"] if seeds[0] == 1 else []
-    if seeds[-1] > 1:
-        kinds.append(f"[95 % over {' or '.join(str(n) for n in seeds if n > 1)} seeds]")
-    return f"return: mean / IQM, {', '.join(kinds)}"
+    several = [f"[95 %, {' or '.join(str(n) for n in seeds if n > 1)} seeds]"] if seeds[-1] > 1 else []
+    return " ".join(["return: mean / IQM", *several, *(["(one seed: 95 % of its trials)"] if seeds[0] == 1 else [])])
 
 
 def returns_table(result, index):
@@ -157,6 +155,19 @@ def returns_table(result, index):
     return grid([heading([result]), *result.returns], [
         [label, *(number(x[which].mean()) if policy in ("random", "zero") else cell(x[which])
                   for policy, x in result.returns.items())]
+        for label, which in rows_of(result, index)])
+
+
+def reading(result):
+    """{"memory - blind, sampled" and ", mode": differences (tasks, seeds, trials) of returns in the same trials}."""
+    return {f"memory - blind, {how}": result.returns[f"memory, {how}"] - result.returns[f"blind, {how}"]
+            for how in ("sampled", "mode")}
+
+
+def reading_table(result, index):
+    """A row per task: what the agent gains by looking."""
+    return grid(["reading, in the same trials", *reading(result)], [
+        [label, *(ranged(estimate(x[which])) for x in reading(result).values())]
         for label, which in rows_of(result, index)])
 
 
@@ -172,7 +183,7 @@ def episodes_table(result, policy, index):
 def projections_table(results):
     """Rows trained-on, columns evaluated-on; a row for each group of tasks of every run."""
     columns = list(dict.fromkeys(c for r in results for c in r.projections))
-    return grid([f"trained on \\ evaluated on; {heading(results)}", *columns], [
+    return grid(["trained on \\ evaluated on", *columns], [
         [f"{label_of(r)}: {r.agent.family}, tasks {group}",
          *(cell(r.projections[c][index]) if c in r.projections else "-" for c in columns)]
         for r in results for group, index in groups(r).items()])
@@ -214,7 +225,7 @@ def write_tables(result, folder):
     for group, index in groups(result).items():
         for label, which in rows_of(result, index):
             row = run | {"tasks": group, "task": label}
-            for policy, x in result.returns.items():
+            for policy, x in (result.returns | reading(result)).items():
                 size = {"seeds": x.shape[1], "trials": x.shape[2]}
                 tables["returns"].append(row | {"policy": policy} | statistics(x[which]) | size)
             for column, x in result.projections.items():
@@ -244,9 +255,10 @@ def write_tables(result, folder):
 # ---------------------------------------------------------------------------------------------------------
 # Pictures: colours of Okabe and Ito, which colour-blind readers can tell apart; markers and dashes differ too
 # ---------------------------------------------------------------------------------------------------------
-BLUE, ORANGE, GREEN, RED, PINK, SKY, BLACK = (
-    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
+BLUE, ORANGE, GREEN, RED, PINK, SKY, BLACK, GREY = (
+    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#777777")
 STYLE = {"memory, sampled": (BLUE, "o", "-"), "memory, mode": (SKY, "s", "-"),
+         "blind, sampled": (GREEN, "D", "-."), "blind, mode": (GREY, "d", "-."),
          "reset, sampled": (RED, "v", "--"), "reset, mode": (ORANGE, "^", "--"),
          "random": (BLACK, "x", ":"), "zero": (PINK, "+", ":")}
 RUN_STYLES = [(BLUE, "o", "-"), (RED, "v", "--"), (GREEN, "s", "-."), (ORANGE, "^", ":"), (PINK, "D", "-"),
@@ -384,9 +396,11 @@ Returns are sums of rewards over an episode (the mean of a trial's episodes if t
 interquartile mean. [low, high] is a 95 % t interval of the mean over seeds, that is over training runs: every seed
 counts once, by its mean over its own trials and the tasks. Of a run with one seed nothing is known about other runs:
 (trials low to high) is a 95 % interval over that seed's trials, and the next seed may lie far outside. Differences are
-between policies or runs in the same trials. *memory* is the agent; *reset* the same agent with its memory cleared
-before every step (it still sees its last action and reward); *random* acts uniformly, *zero* with zeros; *sampled* and
-*mode* say how the policy becomes an action. Trials come from fixed keys. Curves leave out trials that are over."""
+between policies or runs in the same trials. *memory* is the agent; *blind* the same agent with all observations hidden
+(it still has its memory, last action and reward), so that memory - blind, *reading*, is what looking gains; *reset*
+the same agent with its memory cleared before every step, which it never met in training unless that was memoryless;
+*random* acts uniformly, *zero* with zeros; *sampled* and *mode* say how the policy becomes an action. Trials come from
+fixed keys. Curves leave out trials that are over."""
 
 
 def describe(result):
@@ -403,15 +417,16 @@ def write_report(result, shown, folder):
     write_tables(result, folder)
 
     def chosen(data):
-        return [(p, STYLE[p], data[p]) for p in (shown, shown.replace("memory", "reset"), "random")]
+        return [(p, STYLE[p], data[p]) for p in (*(shown.replace("memory", p) for p in ("memory", "blind", "reset")),
+                                                 "random")]
 
     plot_intervals([(p, STYLE[p], x) for p, x in result.returns.items()], [result], folder / "returns.png")
     plot_curves(chosen(result.curves), [result], folder / "curves.png")
     parts = [f"# {label_of(result)}", describe(result) + "."]
     for group, index in reversed(groups(result).items()):
-        parts += [f"## Tasks {group}", returns_table(result, index)]
-    parts += ["![returns](returns.png)", "## In context", "Reward by time since the trial began, with memory "
-              "and with memory reset at every step.", "![curves](curves.png)"]
+        parts += [f"## Tasks {group}", returns_table(result, index), reading_table(result, index)]
+    parts += ["![returns](returns.png)", "## In context", "Reward by time since the trial began.",
+              "![curves](curves.png)"]
     episodes, trained = result.episodes[shown].shape[-1], result.agent.config.episodes_per_trial
     if episodes > 1:
         mark = trained + 0.5 if trained < episodes else None

@@ -178,8 +178,8 @@ class Config(MemoryConfig):
     action_repeat: int = 1  # environment steps that an action lasts
     episodes_per_trial: int = 1  # the memory is reset after so many episodes
     observe_change: bool = True  # also show the change of the projected observation
-    memory: Literal["full", "none", "unreset"] = "full"
-    """none: reset at every step (the memoryless control); unreset: never, so that trials run into each other"""
+    observe: Literal["full", "none"] = "full"  # none: observations never reach the network (the blind control)
+    memory: Literal["full", "none", "unreset"] = "full"  # none: reset at every step (memoryless); unreset: never
     backend: Literal["fused", "mjx"] = "fused"  # physics
     # how long, how wide
     total_timesteps: int = by_preset(cpu=20_000_000, accelerator=500_000_000)  # of one seed, up to whole log lines
@@ -267,6 +267,7 @@ class ActorCritic(nn.Module):
     config: Config
     num_outputs: int  # action dimensions (continuous) or number of actions (discrete)
     discrete: bool  # whether the policy is categorical
+    output_of_input: tuple[int, ...]  # see envs.Lanes
 
     def setup(self):
         width, dtype = self.config.width, jnp.dtype(self.config.dtype)
@@ -279,8 +280,10 @@ class ActorCritic(nn.Module):
         # a small gain: at first all actions are equally likely, whatever the input
         self.policy_head = nn.Dense(outputs, kernel_init=nn.initializers.orthogonal(0.01))
 
-    def encode(self, inputs):
-        return nn.gelu(apply_flat(self.encoder, self.input_norm(inputs)))
+    def encode(self, inputs, outputs=math.inf):
+        """outputs: how many numbers of a projected observation are shown; what is hidden is at 0, its mean."""
+        shown = jnp.array(self.output_of_input) < jnp.expand_dims(0 if self.config.observe == "none" else outputs, -1)
+        return nn.gelu(apply_flat(self.encoder, jnp.where(shown, self.input_norm(inputs), 0.0)))
 
     def heads(self, x):
         x = self.core_norm(x)
@@ -300,9 +303,9 @@ class ActorCritic(nn.Module):
         """Everything of an acting step that depends on the parameters alone; once per rollout."""
         return self.core.prepare()
 
-    def step(self, prepared, state, inputs, reset):
-        """One acting step: inputs (B, input_size), reset (B,) -> state, policy and value (B,)."""
-        state, x = self.core.step(prepared, state, self.encode(inputs), reset)
+    def step(self, prepared, state, inputs, reset, outputs=math.inf):
+        """One acting step: inputs (B, input_size), reset (B,) -> state, policy and value (B,); outputs: see encode."""
+        state, x = self.core.step(prepared, state, self.encode(inputs, outputs), reset)
         return state, *self.heads(x)
 
 
@@ -402,7 +405,7 @@ def make_train(config: Config) -> Train:
     Metrics are scalars of an update, {"return", "reward"} of every task (tasks,), "curve" (tasks, bins).
     """
     lanes = make_lanes(config)
-    network = ActorCritic(config, lanes.action_size, lanes.discrete)
+    network = ActorCritic(config, lanes.action_size, lanes.discrete, lanes.output_of_input)
     N, T, tasks = config.num_envs, config.num_steps, len(lanes.tasks)
     num_slots = 1 + (T - 1) // (lanes.max_episode_steps or T)  # how often a lane can run out of time in a rollout
     # Adam without its rate: that is traced, for sweeps, and multiplied where the step is taken
@@ -471,8 +474,7 @@ def make_train(config: Config) -> Train:
         entropy = pi.entropy().mean()
         return policy_loss + hyper["vf_coef"] * value_loss - hyper["ent_coef"] * entropy, {
             "policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy,
-            "kl": (ratio - 1.0 - log_ratio).mean(),
-            "clip_fraction": (jnp.abs(ratio - 1.0) > hyper["clip_eps"]).mean()}
+            "kl": (ratio - 1.0 - log_ratio).mean(), "clip_fraction": (jnp.abs(ratio - 1.0) > hyper["clip_eps"]).mean()}
 
     def shuffle_lanes(key):
         """(num_minibatches, N / num_minibatches) lane numbers; every minibatch holds as many lanes of each task."""

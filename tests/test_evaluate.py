@@ -1,6 +1,7 @@
 """evaluate.py, report.py, replay.py: numbers against hand-rolled loops, numpy and scipy; files; refusals."""
 
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -26,6 +27,7 @@ import replay
 import report
 import train_lstm
 import train_s5
+import train_transformer
 
 ROOT = Path(__file__).resolve().parent.parent
 TASKS = ("cartpole-swingup", "cartpole-balance")  # trained on, held out; cheap, and pay in every step
@@ -103,12 +105,14 @@ def test_two_calls_give_the_same_table_and_files(run, capsys):
     assert all((run / "eval" / name).stat().st_size > 1000 for name in re.findall(r"!\[\w+\]\((.+?)\)", text))
 
 
-@pytest.mark.parametrize("policy,reset_every_step", [("memory, mode", False), ("reset, mode", True)])
-def test_memory_and_reset_equal_a_hand_rolled_loop(starts, result, policy, reset_every_step):
-    """The network applied to one-step sequences, in a loop over a single set of lanes."""
+@pytest.mark.parametrize("policy,reset_every_step,observe", [
+    ("memory, mode", False, "full"), ("reset, mode", True, "full"), ("blind, mode", False, "none")])
+def test_memory_reset_and_blind_equal_a_hand_rolled_loop(starts, result, policy, reset_every_step, observe):
+    """The network applied to one-step sequences, in a loop over a single set of lanes; blind, as it trains blind."""
     agent, lanes, starts = starts
     state, inputs = starts["gaussian"]
-    network = train_s5.ActorCritic(agent.config, lanes.action_size, lanes.discrete)
+    config = dataclasses.replace(agent.config, observe=observe)
+    network = train_s5.ActorCritic(config, lanes.action_size, lanes.discrete, lanes.output_of_input)
     memory = train_s5.make_memory(agent.config, jnp.float32).zero_state((3,))
     params = jax.tree.map(lambda x: x[1], agent.params)  # second seed
 
@@ -132,9 +136,45 @@ def assert_starts_as(result, policy, task, seed, rewards):
     assert task == 0 or expected.max() > 0.3 and np.ptp(expected) > 0.1  # a hanging pole pays little
 
 
-def test_memory_matters_to_the_agent(result):
-    """Otherwise the test above would hold for a reset that does nothing."""
-    assert not np.allclose(result.returns["memory, mode"], result.returns["reset, mode"], atol=1e-3)
+def test_memory_and_observations_matter_to_the_agent(result):
+    """Otherwise the test above would hold for a reset and a blindness that do nothing."""
+    for other in ("reset, mode", "blind, mode"):
+        assert not np.allclose(result.returns["memory, mode"], result.returns[other], atol=1e-3)
+
+
+@pytest.mark.parametrize("trainer", [train_s5, train_lstm, train_transformer])
+def test_an_agent_trained_blind_never_sees_an_observation(trainer):
+    """Policy and value are the same bits for any observations, and an update leaves their weights alone."""
+    config = trainer.Config(**SMALL | dict(env=("CartPole-v1",), observe="none"))
+    train = trainer.make_train(config)
+    runner = evaluate.jit_once(train.init)(jax.random.PRNGKey(0))
+    after, _ = evaluate.jit_once(train.update)(runner)
+    hidden = np.array(train.lanes.output_of_input) >= 0
+    assert hidden.sum() == 2 * train.lanes.obs_size and hidden.size == train.lanes.input_size
+    kernels = [np.asarray(r.params["params"]["encoder"]["kernel"]) for r in (runner, after)]
+    unchanged = (kernels[0] == kernels[1]).all(1)
+    np.testing.assert_array_equal(unchanged, hidden)
+
+    x = np.random.default_rng(0).normal(size=(2, 5, 4, hidden.size)).astype(np.float32)
+    x[1] = np.where(hidden, 100 * x[1], x[0])
+    reset = jnp.zeros((5, 4), bool)
+
+    def act(config, x):
+        network = trainer.ActorCritic(config, train.lanes.action_size, True, train.lanes.output_of_input)
+
+        @evaluate.jit_once
+        def outputs(params, memory, x):
+            _, pi, value = network.apply(params, memory, x, reset)
+            prepared = network.apply(params, method="prepare")
+            _, now, _ = network.apply(params, prepared, memory, x[0], reset[0], method="step")
+            return pi.logits, value, now.logits
+
+        return jax.device_get(outputs(after.params, after.memory, x))
+
+    for a, b in zip(act(config, x[0]), act(config, x[1])):
+        np.testing.assert_array_equal(a, b)
+    seeing = dataclasses.replace(config, observe="full")
+    assert all((a != b).any() for a, b in zip(act(seeing, x[0]), act(seeing, x[1])))
 
 
 @pytest.mark.parametrize("policy", ["zero", "random"])
@@ -247,10 +287,11 @@ def test_other_projections_meet_the_same_starts(starts):
     np.testing.assert_allclose(columns.mT @ columns, np.tile(np.eye(5) * 12 / 5, (3, 1, 1)), atol=1e-5)
 
 
-def test_first_outputs_equal_a_smaller_projection(starts):
+def test_first_outputs_are_those_of_a_smaller_projection(starts):
+    """What is hidden is what a projection with those rows at zero does not show."""
     _, lanes, starts = starts
     state, _ = starts["gaussian"]
-    shown = evaluate.output_of_channel(lanes) < 5
+    shown = np.array(lanes.output_of_input) < 5
     matrix, inputs = state.obs_matrix.at[:, 5:].set(0), state.input.at[:, 5:12].set(0)
     smaller = state.replace(obs_matrix=matrix, input=inputs)
     step = jax.jit(lambda state, action: lanes.step(state, action, 1))
@@ -329,6 +370,14 @@ def test_statistics_equal_scipy():
     difference, _ = report.compare(x, 2 * x[:, ::-1])
     expected = scipy.stats.ttest_rel(x.mean((0, 2)), 2 * x[:, ::-1].mean((0, 2))).confidence_interval()
     np.testing.assert_allclose([difference.low, difference.high], expected)
+
+
+def test_reading_is_the_paired_difference(result):
+    x, y = result.returns["memory, mode"], result.returns["blind, mode"]
+    line = report.reading_table(result, [0, 1]).splitlines()[-1]
+    expected = scipy.stats.ttest_rel(x.mean((0, 2)), y.mean((0, 2))).confidence_interval()
+    difference = " ".join([report.number((x - y).mean()), f"[{', '.join(map(report.number, expected))}]"])
+    assert line.startswith("| mean of 2") and line.endswith(f"{difference} |")
 
 
 def test_one_seed_is_not_read_as_an_interval_over_runs():

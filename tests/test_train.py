@@ -117,7 +117,7 @@ def test_parameter_counts_match():
 def test_step_equals_sequence(trainer, changes):
     """Acting step by step and replaying the sequence give the same policy and value, resets included."""
     config = small(trainer, layers=2, **changes)
-    network = trainer.ActorCritic(config, 2, False)
+    network = trainer.ActorCritic(config, 2, False, (0, -1, -1, -1, 0))
     T, B = 12, 3
     key = jax.random.PRNGKey(0)
     x = jax.random.normal(key, (T, B, 5))
