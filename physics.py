@@ -276,6 +276,7 @@ def forward_tree(m, q, v=None):
             dw, w = dw + cross(w, axes[d] * rate), w + axes[d] * rate
             arm = R @ const(m.jnt_pos[j])
             p, a = anchors[d] - arm, a - centripetal(w, dw, arm)
+        p, R, w, dw, a = (fusion_barrier(x) for x in (p, R, w, dw, a))  # everything below uses them
         for values, value in zip((pos, mat, omega, alpha, acc, dofs), (p, R, w, dw, a, moved)):
             values.append(value)
     return Tree(pos, mat, omega, alpha, acc, axes, anchors, dofs)
@@ -617,7 +618,7 @@ def contact_rows(m, tree, v, pairs, touch):
         if (b1, b2) not in groups:
             groups[b1, b2] = Group(relative_twist(tree, b1, b2, origin), [])
         group = groups[b1, b2]
-        rate = group.coordinates(v)
+        rate = fusion_barrier(group.coordinates(v))
         weight = float(m.body_invweight0[b1, 0] + m.body_invweight0[b2, 0])
         if not elliptic:
             weight *= (1 + mu * mu) * 2 * mu * mu / m.opt.impratio
