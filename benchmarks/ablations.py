@@ -15,7 +15,7 @@ from common import RESULTS, Table  # first: it finds the project
 
 import envs
 import train_s5
-from memory_chain import final_returns, mean_interval
+from memory_chain import mean_interval, train_seeds
 
 VARIANTS = {
     "baseline": {}, "learned initial state": {"initial_state": "learned"},
@@ -49,7 +49,7 @@ def main():
         if name not in variants:
             parser.error(f"no variant {name!r}; there are {', '.join(variants)}")
         config = train_s5.Config(**(base | variants[name]))
-        returns, _ = final_returns(train_s5, config, options.seeds)
+        returns = train_seeds(train_s5, config, options.seeds)["returns"]
         table.add(variant=name.replace(" ", "_"), env=options.env, **mean_interval(returns),
                   steps=config.num_updates * config.steps_per_update)
 

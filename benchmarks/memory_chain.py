@@ -1,15 +1,19 @@
-"""How far back can a memory reach? Return on bsuite's MemoryChain by length, at equal steps and parameters.
+"""How far back can a memory reach, and at what cost? Return, time and space on bsuite's MemoryChain by length.
 
-    python benchmarks/memory_chain.py                              # S5, LSTM and no memory, lengths 2 ... 512
-    python benchmarks/memory_chain.py --lengths 32 --total-timesteps 200000 --trainers s5
+    python benchmarks/memory_chain.py                              # 10,000 episodes of each length, 5 seeds: hours
+    python benchmarks/memory_chain.py --lengths 32 128 --episodes 3000 --trainers s5 lstm --seeds 2
 
 A bit is shown at the first step and asked for `length` steps later: the return is 1 or -1, 0 on average without
-memory. Rollouts hold at least one whole episode, so that gradients reach its start; lambda is 0.5, because only
-one action in an episode counts. Score: mean return over the last tenth of training, with a 95 % interval (t) over
-seeds.
+memory. The lengths and episodes are those of Lu et al. 2023 (arXiv 2303.03982). An update sees two episodes of each of
+8 environments, whatever the length, so that gradients reach an episode's start; lambda is 0.5, because only one action
+in an episode counts. The transformer attends to a whole episode. All have as many parameters.
+
+Score: mean return over the last tenth of training, with a 95 % interval (t) over seeds. Time is that of training, per
+environment step of one seed; space is what XLA plans for the training of one seed.
 """
 
 import argparse
+import time
 from pathlib import Path
 
 import jax
@@ -17,23 +21,44 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.stats import t as student
 
-from common import RESULTS, Table, plot_into  # first: it finds the project
+from common import RESULTS, Table, compile_program, plot_into  # first: it finds the project
 
 import experiment
 import train_lstm
 import train_s5
+import train_transformer
 
-TRAINERS = {"s5": (train_s5, {}), "lstm": (train_lstm, {}), "memoryless": (train_s5, {"memory": "none"})}
-STEPS_PER_UPDATE = 4096
+TRAINERS = {"s5": train_s5, "lstm": train_lstm, "transformer": train_transformer, "memoryless": train_s5}
 
 
-def final_returns(trainer, config, seeds):
-    """Mean returns over the last tenth of training (seeds,) and the number of parameters of one agent."""
+def make_config(name, length, episodes, **changes):
+    """Configuration of trainer `name` for `episodes` episodes of MemoryChain, changed as asked."""
+    steps = length + 1  # of an episode
+    special = {"transformer": {"window": steps}, "memoryless": {"memory": "none"}}.get(name, {})
+    return TRAINERS[name].Config(**dict(
+        env=("MemoryChain-bsuite",), env_kwargs=(f"memory_length={length}", f"max_steps_in_episode={steps}"),
+        total_timesteps=episodes * steps, num_envs=8, num_steps=2 * steps, width=32, lr=1e-3, gae_lambda=0.5,
+    ) | special | changes)
+
+
+def train_seeds(trainer, config, seeds):
+    """Train `seeds` seeds of `config`, one after another on a CPU.
+
+    Returns:
+      {"returns": mean return over the last tenth of training (seeds,), "parameters": of one agent, "us_per_step":
+      microseconds of a seed's step, "megabytes": of a seed's training}.
+    """
     keys = jax.vmap(jax.random.PRNGKey)(jnp.arange(seeds))
-    out = jax.jit(experiment.over_members(trainer.make_train(config)))(keys)
+    program = compile_program(experiment.over_members(trainer.make_train(config)), keys)
+    start = time.perf_counter()
+    out = jax.block_until_ready(program.run(keys))
+    seconds = time.perf_counter() - start
     returns = np.asarray(out["metrics"]["return"])[..., 0]
-    params = sum(p.size for p in jax.tree.leaves(out["runner"].params)) // seeds
-    return experiment.nanmean(returns[:, -max(1, returns.shape[1] // 10):], 1), params
+    side_by_side = 1 if jax.default_backend() == "cpu" else seeds
+    return {"returns": experiment.nanmean(returns[:, -max(1, returns.shape[1] // 10):], 1),
+            "parameters": sum(p.size for p in jax.tree.leaves(out["runner"].params)) // seeds,
+            "us_per_step": 1e6 * seconds / (seeds * config.num_updates * config.steps_per_update),
+            "megabytes": program.megabytes / side_by_side}
 
 
 def mean_interval(x):
@@ -43,40 +68,52 @@ def mean_interval(x):
     return {"mean": mean, "low": mean - half, "high": mean + half, "worst": float(x.min()), "seeds": len(x)}
 
 
+def draw(rows, path, reference=()):
+    """Three panels over the length: return, time, space. `reference`: rows of a paper's return, drawn dotted."""
+    names = list(dict.fromkeys(row["trainer"] for row in rows))
+
+    def panel(axis, _, column):
+        for i, name in enumerate(names):
+            mine = sorted((row for row in rows if row["trainer"] == name), key=lambda row: row["length"])
+            lengths = [row["length"] for row in mine]
+            if column == 0:
+                mean, low, high = (np.array([row[k] for row in mine]) for k in ("mean", "low", "high"))
+                axis.errorbar(lengths, mean, np.nan_to_num([mean - low, high - mean]), fmt="o-", capsize=3,
+                              color=f"C{i}", label=name)
+                theirs = [(row["length"], row["return"]) for row in reference if row["trainer"] == name]
+                if theirs:
+                    axis.plot(*zip(*theirs), ":", color=f"C{i}", label=f"{name}, paper")
+            else:
+                axis.plot(lengths, [row[("us_per_step", "megabytes")[column - 1]] for row in mine], "o-", label=name)
+        label = ("return", "microseconds of training per step", "megabytes of training")[column]
+        axis.set(xscale="log", xlabel="steps between the bit and the question", ylabel=label)
+        if column == 0:
+            axis.set_ylim(-0.4, 1.1)
+            axis.legend(fontsize=7)
+        else:
+            axis.set_yscale("log")
+
+    plot_into(path, 1, 3, panel)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2, 8, 32, 128, 256, 512])
-    parser.add_argument("--trainers", nargs="+", default=list(TRAINERS), choices=list(TRAINERS))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--total-timesteps", type=int, default=600_000)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2**k for k in range(2, 12)])
+    parser.add_argument("--trainers", nargs="+", default=["s5", "lstm", "transformer"], choices=list(TRAINERS))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--episodes", type=int, default=10_000, help="of each length and seed")
     parser.add_argument("--width", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--out", type=Path, default=RESULTS / "memory_chain.csv", help="the picture goes beside it")
     options = parser.parse_args()
     table = Table(options.out)
     for name in options.trainers:
-        trainer, changes = TRAINERS[name]
         for length in options.lengths:
-            num_steps = max(128, 2 * length)
-            config = trainer.Config(
-                env=("MemoryChain-bsuite",), env_kwargs=(f"memory_length={length}",), width=options.width,
-                num_envs=max(4, STEPS_PER_UPDATE // num_steps), num_steps=num_steps,
-                total_timesteps=options.total_timesteps, lr=options.lr, gae_lambda=0.5, **changes)
-            found, params = final_returns(trainer, config, options.seeds)
-            table.add(length=length, trainer=name, **mean_interval(found), parameters=params,
-                      steps=config.num_updates * config.steps_per_update)
-
-    def draw(axis, *_):
-        for name in options.trainers:
-            rows = [row for row in table.rows if row["trainer"] == name]
-            mean, low, high = (np.array([row[k] for row in rows]) for k in ("mean", "low", "high"))
-            axis.errorbar([row["length"] for row in rows], mean, np.nan_to_num([mean - low, high - mean]), fmt="o-",
-                          capsize=3, label=name)
-        axis.axhline(0.95, ls=":", color="grey")
-        axis.set(xscale="log", xlabel="steps between the bit and the question", ylabel="return", ylim=(-0.3, 1.1))
-        axis.legend()
-
-    plot_into(options.out.with_suffix(".png"), 1, 1, draw)
+            config = make_config(name, length, options.episodes, width=options.width, lr=options.lr)
+            found = train_seeds(TRAINERS[name], config, options.seeds)
+            table.add(length=length, trainer=name, **mean_interval(found.pop("returns")), **found,
+                      episodes=options.episodes, steps=config.num_updates * config.steps_per_update)
+    draw(table.rows, options.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+
+import envs
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -65,10 +68,24 @@ def test_train(tmp_path):
 
 def test_memory_chain(tmp_path):
     rows, _ = run("memory_chain", tmp_path, "--lengths", "6", "--trainers", "s5", "memoryless", "--width", "8",
-                  "--total-timesteps", "160000", "--seeds", "2")
+                  "--episodes", "4000", "--seeds", "2", "--lr", "3e-3")
     s5, memoryless = rows
     assert float(s5["mean"]) > 0.5 > float(memoryless["mean"]) and s5["parameters"] == memoryless["parameters"]
     assert float(s5["low"]) <= float(s5["mean"]) <= float(s5["high"])
+    assert all(float(row[cost]) > 0 for row in rows for cost in ("us_per_step", "megabytes"))
+
+
+@pytest.mark.parametrize("name", ["s5", "lstm", "transformer"])
+def test_memory_chain_episodes_end_by_themselves(load, name):
+    """Also beyond gymnax's limit of 1000 steps; and the transformer's window holds a whole episode."""
+    config = load("memory_chain").make_config(name, 2048, 10_000)
+    assert config.total_timesteps == 10_000 * 2049 and config.num_steps == 2 * 2049
+    env, params = envs.make("MemoryChain-bsuite", memory_length=2048, max_steps_in_episode=2049)
+    assert config.env_kwargs == ("memory_length=2048", "max_steps_in_episode=2049")
+    _, state = env.reset(jax.random.PRNGKey(0), params)
+    _, _, reward, terminated, _ = env.step_env(None, state.replace(time=2048), 0, params)
+    assert terminated and abs(reward) == 1
+    assert name != "transformer" or config.window == 2049
 
 
 def test_ablations(tmp_path):
