@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import envs
+import train_s5
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -86,6 +87,103 @@ def test_memory_chain_episodes_end_by_themselves(load, name):
     _, _, reward, terminated, _ = env.step_env(None, state.replace(time=2048), 0, params)
     assert terminated and abs(reward) == 1
     assert name != "transformer" or config.window == 2049
+
+
+@pytest.fixture
+def reproduce(load, tmp_path, monkeypatch):
+    """The module with folders of its own, one seed and a tiny network."""
+    module = load("reproduce")
+    paper = tmp_path / "paper"
+    paper.mkdir()
+    for path in module.PAPER.glob("reference_*.csv"):
+        (paper / path.name).write_bytes(path.read_bytes())
+    monkeypatch.setattr(module, "PAPER", paper)
+    monkeypatch.setattr(module, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(module, "SEEDS", range(1))
+    monkeypatch.setattr(module, "TRIALS", 2)
+    monkeypatch.setattr(module, "PPO", ["--num-envs", "4", "--num-steps", "256", "--num-minibatches", "1",
+                                        "--width", "8", "--log-every", "1"])
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    return module
+
+
+def test_reproduce_runs_what_is_missing_and_draws_it(reproduce, capsys):
+    """A run starts, goes on after a kill, is then complete; its picture and table say how far it came."""
+    flags = ["--projection", "orthogonal", "--obs-size", "4", "--episodes-per-trial", "16"]
+    runs = reproduce.trainer_runs("metacart", 3000, ("S5, never reset",), ("StatelessCartPoleEasy",), flags)
+    [one] = runs
+    assert reproduce.launch(runs, 1) == 0 and one.reached() == 3072 and one.todo() is None
+    assert reproduce.launch(runs, 1) == 0 and "1 of 1 runs are complete" in capsys.readouterr().out
+    metrics = one.path / "metrics.csv"
+    metrics.write_text("".join(metrics.read_text().splitlines(True)[:2]))  # as after a kill
+    assert one.reached() == 1024 and one.todo() == ["train_s5.py", "--resume", str(one.path)]
+    rows = {row["at"]: row for row in reproduce.draw_metacart(runs)}
+    assert rows["episode 16"]["paper"] == 0.36 and 0 < rows["episode 16"]["ours"] <= 1
+    reproduce.write_table("metacart", list(rows.values()))
+    assert "| metacart | S5, never reset | episode 16 | 0.36 |" in (reproduce.PAPER / "README.md").read_text()
+    assert (reproduce.PAPER / "metacart.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_reproduce_gives_every_process_a_core_and_keeps_whole_tables_only(reproduce, tmp_path, capsys):
+    script = tmp_path / "script.py"
+    script.write_text("import os, sys, time\ntime.sleep(0.5)\n"
+                      "open(sys.argv[-1], 'w').write(str(len(os.sched_getaffinity(0))))\n"
+                      "sys.exit('broken' in sys.argv)\n")
+    runs = [reproduce.Run(tmp_path / f"{i}.csv", [str(script), kind], 0, "S5")
+            for i, kind in enumerate(("whole", "broken", "whole"))]
+    assert reproduce.launch(runs, 2) == 1 and "FAILED" in capsys.readouterr().out
+    assert [run.path.exists() for run in runs] == [True, False, True]
+    if hasattr(os, "sched_getaffinity"):
+        assert runs[0].path.read_text() == runs[2].path.read_text() == "1"
+
+
+def write_run(reproduce, path, config, rows):
+    """A run folder with these rows of metrics.csv."""
+    options = reproduce.experiment.Options(runs_dir=str(path.parent), name=path.name)
+    reproduce.experiment.new_run(config, options)
+    with (path / "metrics.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def test_reproduce_scores_popgym_by_its_best_update(reproduce):
+    runs = reproduce.trainer_runs("popgym", 200, ("S5", "none"), ("RepeatPreviousHard",), [])
+    for run, best in zip(runs, (0.8, -0.4)):
+        rows = [{"update": i, "steps": 100 * i, "seed": 0, "return/popgym:RepeatPreviousHard": x}
+                for i, x in ((1, best), (2, best - 0.3))]
+        write_run(reproduce, run.path, train_s5.Config(), rows)
+    s5, none = reproduce.draw_popgym(runs)
+    assert (s5["ours"], s5["paper"], none["ours"], none["paper"]) == (0.8, 0.91, -0.4, -0.48)
+    assert s5["million_frames"] == 2e-4
+
+
+def test_reproduce_compares_curves_at_equal_frames(reproduce, tmp_path):
+    """Two seeds in one folder, 30 million steps: every task's return is its number times the steps in millions."""
+    tasks = list(enumerate(envs.TRAIN_TASKS, 1))
+    rows = [{"update": m, "steps": m * 1e6, "seed": seed} | {f"return/{t}": (i + seed) * m for i, t in tasks}
+            for m in range(1, 31) for seed in (0, 1)]
+    write_run(reproduce, tmp_path / "six", train_s5.Config(), rows)
+    found = {r["at"]: r for r in reproduce.draw_dmcontrol([tmp_path / "six"])}
+    assert len(found) == 7 * 3  # at 5, 10 and 20 million
+    assert (found["mean of the six, 20 million"]["paper"], found["mean of the six, 20 million"]["ours"]) == (150, 80)
+    assert found["finger-spin, 10 million"]["ours"] == 35 and found["finger-spin, 10 million"]["worst"] == 30
+    assert found["mean of the six, 5 million"]["paper"] == ""
+    write_run(reproduce, tmp_path / "one", train_s5.Config(env=("reacher-easy",)), rows)
+    with pytest.raises(ValueError, match="not on the six"):
+        reproduce.draw_dmcontrol([tmp_path / "one"])
+
+
+def test_reproduce_draws_finished_lengths(reproduce):
+    runs = [run for run in reproduce.runs_of("memory") if run.path.name in ("S5-4.csv", "S5-512.csv", "LSTM-4.csv")]
+    for run in runs[:2]:
+        run.path.parent.mkdir(parents=True, exist_ok=True)
+        length = run.path.stem.split("-")[1]
+        run.path.write_text("length,trainer,mean,low,high,worst,seeds,parameters,us_per_step,megabytes,episodes,steps\n"
+                            f"{length},s5,0.9,0.8,1.0,0.7,5,100,12.5,3.5,10000,50000\n")
+    assert [run.todo() is None for run in runs] == [True, True, False]
+    rows = reproduce.draw_memory(runs)
+    assert [(r["memory"], r["at"], r["paper"]) for r in rows] == [("S5", 4, 1.0), ("LSTM", 4, 1.0)]
 
 
 def test_ablations(tmp_path):
