@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import envs
+import train_lstm
 import train_s5
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -110,7 +111,7 @@ def reproduce(load, tmp_path, monkeypatch):
 def test_reproduce_runs_what_is_missing_and_draws_it(reproduce, capsys):
     """A run starts, goes on after a kill, is then complete; its picture and table say how far it came."""
     flags = ["--projection", "orthogonal", "--obs-size", "4", "--episodes-per-trial", "16"]
-    runs = reproduce.trainer_runs("metacart", 3000, ("S5, never reset",), ("StatelessCartPoleEasy",), flags)
+    runs = reproduce.trainer_runs("metacart", 3000, {"S5, never reset": flags}, ("StatelessCartPoleEasy",))
     [one] = runs
     assert reproduce.launch(runs, 1) == 0 and one.reached() == 3072 and one.todo() is None
     assert reproduce.launch(runs, 1) == 0 and "1 of 1 runs are complete" in capsys.readouterr().out
@@ -148,7 +149,7 @@ def write_run(reproduce, path, config, rows):
 
 
 def test_reproduce_scores_popgym_by_its_best_update(reproduce):
-    runs = reproduce.trainer_runs("popgym", 200, ("S5", "none"), ("RepeatPreviousHard",), [])
+    runs = reproduce.trainer_runs("popgym", 200, {"S5": [], "none": []}, ("RepeatPreviousHard",))
     for run, best in zip(runs, (0.8, -0.4)):
         rows = [{"update": i, "steps": 100 * i, "seed": 0, "return/popgym:RepeatPreviousHard": x}
                 for i, x in ((1, best), (2, best - 0.3))]
@@ -172,6 +173,21 @@ def test_reproduce_compares_curves_at_equal_frames(reproduce, tmp_path):
     write_run(reproduce, tmp_path / "one", train_s5.Config(env=("reacher-easy",)), rows)
     with pytest.raises(ValueError, match="not on the six"):
         reproduce.draw_dmcontrol([tmp_path / "one"])
+
+
+def test_reproduce_compares_equal_parameters(load):
+    """And the flags of every run are ones that its trainer knows."""
+    reproduce, sizes = load("reproduce"), {}
+    for run in reproduce.runs_of("popgym") + reproduce.runs_of("metacart"):
+        trainer = {"train_s5.py": train_s5, "train_lstm.py": train_lstm}[run.command[0]]
+        config, options = reproduce.experiment.parse_flags(trainer.Config, args=run.command[1:])
+        assert options.seed == run.seed and config.env == (f"popgym:{run.task}",)
+        memory = trainer.make_memory(config, jnp.float32)
+        x, reset = jnp.zeros((1, 1, config.width)), jnp.zeros((1, 1), bool)
+        shapes = jax.eval_shape(memory.init, jax.random.PRNGKey(0), memory.zero_state((1,)), x, reset)
+        sizes.setdefault(run.path.parent.name, []).append(sum(s.size for s in jax.tree.leaves(shapes)))
+    for figure in sizes.values():
+        assert max(figure) < 1.02 * min(figure)
 
 
 def test_reproduce_draws_finished_lengths(reproduce):
