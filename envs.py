@@ -19,6 +19,7 @@ import math
 from functools import partial
 from typing import Any, NamedTuple
 
+import distrax
 import gymnax
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from flax import struct
 from gymnax.environments import environment, spaces
 
 import dmc
+import sysid
 
 # The split of Lu et al. 2023: an agent trains on the first and is then tested on the second, too
 TRAIN_TASKS = ("ball_in_cup-catch", "cartpole-swingup", "finger-spin", "finger-turn_hard", "point_mass-easy",
@@ -205,6 +207,7 @@ class LanesState:
     act_matrix: Any
     spare: Start
     input: jax.Array  # (N, input_size) float32, what the agent sees now
+    identified: Any  # sysid.State of the running trials; None if not asked for
     episode_step: jax.Array  # (N,) int32, steps of this episode, those a staggered lane did not live included
     episode: jax.Array  # (N,) int32, episodes of this trial that are over
     trial_step: jax.Array  # (N,) int32, steps of this trial
@@ -247,6 +250,35 @@ def pad_to(x, shape):
     return jnp.pad(x, [(0, 0)] + [(0, want - have) for want, have in zip(shape, x.shape[1:])])
 
 
+class BinnedActions:
+    """A policy over continuous actions (..., action_size): in each dimension one of `bins` values in [-1.5, 1.5].
+
+    A normal policy's deviation collapses in a few states, whose gradients then drown all others; this one's cannot.
+    The bound is beyond 1 because a projection shrinks many actions below the environment's limits.
+    """
+
+    def __init__(self, logits):
+        """logits: (..., action_size, bins) float."""
+        self.choice = distrax.Independent(distrax.Categorical(logits=logits), 1)
+        self.values = jnp.linspace(-1.5, 1.5, logits.shape[-1])
+
+    def sample_and_log_prob(self, seed):
+        choice, log_prob = self.choice.sample_and_log_prob(seed=seed)
+        return self.values[choice], log_prob
+
+    def sample(self, seed):
+        return self.sample_and_log_prob(seed)[0]
+
+    def mode(self):
+        return self.values[self.choice.mode()]
+
+    def log_prob(self, action):
+        return self.choice.log_prob(jnp.abs(action[..., None] - self.values).argmin(-1))
+
+    def entropy(self):
+        return self.choice.entropy()
+
+
 class Lanes:
     """Many environments side by side, as an in-context agent meets them.
 
@@ -281,6 +313,8 @@ class Lanes:
       stagger: a lane's first trial begins with a uniformly random part of its time already spent. Only the counters
         know: the physical state is a fresh reset, `trial_step` counts from 0 and `episode_complete` is False.
       observe_change: also show o' minus the previous o' (0 at episode starts).
+      identify: also show what sysid.py finds out about the trial so far (0 at episode starts). Left out where
+        nothing is hidden (projection "none" and "identity") and for discrete actions.
       obs_transform: "symlog", whatever the projection, shows sign(o') log(1 + |o'|), because velocities reach +-100;
         "none" shows o'.
       backend: see make.
@@ -301,8 +335,8 @@ class Lanes:
     """
 
     def __init__(self, tasks, num_lanes, projection="gaussian", obs_size=12, action_size=2,
-                 episodes_per_trial=1, action_repeat=1, stagger=True, observe_change=False, obs_transform="symlog",
-                 backend="fused", env_kwargs=None):
+                 episodes_per_trial=1, action_repeat=1, stagger=True, observe_change=False, identify=False,
+                 obs_transform="symlog", backend="fused", env_kwargs=None):
         self.tasks, self.num_lanes, self.projection = tuple(tasks), num_lanes, projection
         self.episodes_per_trial, self.action_repeat = episodes_per_trial, action_repeat
         self.observe_change, self.obs_transform = observe_change, obs_transform
@@ -345,8 +379,11 @@ class Lanes:
                     raise ValueError(
                         f"the {projection} projection needs obs_size >= {obs_dim} and action_size >= "
                         f"{act_dim} for {task}, got obs_size={obs_size} and action_size={action_size}")
+        self.identify = identify and not self.discrete and projection not in ("identity", "none")
         outputs = tuple(range(self.obs_size))
         self.output_of_input = outputs + (-1,) * (self.action_size + 3) + (outputs if observe_change else ())
+        if self.identify:  # from all numbers of o', so that to hide one hides these
+            self.output_of_input += (self.obs_size - 1,) * sysid.num_features(self.action_size)
         self.input_size = len(self.output_of_input)
 
         limits = [getattr(params, "max_steps_in_episode", None) for params in self.params]
@@ -395,13 +432,24 @@ class Lanes:
 
     def project_observation(self, obs_matrix, obs):
         """Raw observations (N, largest obs_dim) as the agent sees them (N, obs_size)."""
-        shown = obs if obs_matrix is None else matvec(obs_matrix, obs)
-        return jnp.sign(shown) * jnp.log1p(jnp.abs(shown)) if self.obs_transform == "symlog" else shown
+        return self._transform(self._project(obs_matrix, obs))
 
-    def _input(self, shown, change, action, reward, episode_start, trial_start):
+    def _project(self, obs_matrix, obs):
+        return obs if obs_matrix is None else matvec(obs_matrix, obs)
+
+    def _transform(self, projected):
+        return jnp.sign(projected) * jnp.log1p(jnp.abs(projected)) if self.obs_transform == "symlog" else projected
+
+    def _input(self, shown, change, action, reward, episode_start, trial_start, found):
         flags = jnp.stack([reward, episode_start, trial_start], -1).astype(jnp.float32)
-        parts = [shown, action, flags, change] if self.observe_change else [shown, action, flags]
-        return jnp.concatenate(parts, -1)
+        return jnp.concatenate([shown, action, flags] + ([change] if self.observe_change else []) + found, -1)
+
+    def _found(self, identified):
+        return [sysid.features(identified)] if self.identify else []
+
+    def start_identification(self, obs_matrix, obs):
+        """sysid.State of trials that begin with raw observations (N, largest obs_dim); None if not asked for."""
+        return sysid.start(self._project(obs_matrix, obs), self.action_size) if self.identify else None
 
     def _control(self, act_matrix, action):
         """The agent's actions as the environments take them, padded: (N, largest act_dim) or (N,) int."""
@@ -445,12 +493,13 @@ class Lanes:
             spent = jax.random.randint(stagger_key, (N,), 0, self.limits * self.episodes_per_trial)
         zeros, ones = jnp.zeros(N, jnp.float32), jnp.ones(N, jnp.float32)
         shown = self.project_observation(first.obs_matrix, first.obs)
+        identified = self.start_identification(first.obs_matrix, first.obs)
         inputs = self._input(shown, 0.0 * shown, jnp.zeros((N, self.action_size), jnp.float32),
-                             zeros, ones, ones)
+                             zeros, ones, ones, self._found(identified))
         episode_step = spent % self.limits
         state = LanesState(
             env=first.env, obs_matrix=first.obs_matrix, act_matrix=first.act_matrix, spare=spare,
-            input=inputs, episode_step=episode_step, episode=spent // self.limits,
+            input=inputs, identified=identified, episode_step=episode_step, episode=spent // self.limits,
             trial_step=jnp.zeros(N, jnp.int32), episode_complete=episode_step == 0, episode_return=zeros, key=key)
         return state, inputs
 
@@ -498,8 +547,12 @@ class Lanes:
 
         no = jnp.zeros_like(end)
         old_shown = state.input[:, :self.obs_size]
-        shown = self.project_observation(state.obs_matrix, obs)
-        final_input = self._input(shown, shown - old_shown, last_action, reward, no, no)
+        projected = self._project(state.obs_matrix, obs)
+        shown, identified = self._transform(projected), state.identified
+        if self.identify:
+            identified = select(diverged, identified, sysid.update(identified, last_action, reward, projected))
+        found = self._found(identified)
+        final_input = self._input(shown, shown - old_shown, last_action, reward, no, no, found)
         final_input = jnp.where(diverged[:, None], state.input, final_input)
 
         obs = select(end, spare.obs, obs)
@@ -508,7 +561,11 @@ class Lanes:
         shown = self.project_observation(obs_matrix, obs)
         inputs = self._input(shown, jnp.where(end[:, None], 0.0, shown - old_shown),
                              jnp.where(trial_end[:, None], 0.0, last_action),
-                             jnp.where(trial_end, 0.0, reward), end, trial_end)
+                             jnp.where(trial_end, 0.0, reward), end, trial_end,
+                             [jnp.where(end[:, None], 0.0, x) for x in found])
+        if self.identify:
+            fresh = self.start_identification(obs_matrix, obs)
+            identified = select(trial_end, fresh, identified._replace(o=fresh.o))
         env_states = tuple(
             select(ended, fresh, jax.tree.map(lambda new, old: new.astype(old.dtype), new, old))
             for ended, fresh, new, old in zip(self._blocks(end), spare.env, stepped, state.env))
@@ -518,7 +575,7 @@ class Lanes:
                        state.episode_complete, diverged, state.trial_step)
         state = LanesState(
             env=env_states, obs_matrix=obs_matrix, act_matrix=act_matrix, spare=spare, input=inputs,
-            episode_step=jnp.where(end, 0, state.episode_step + 1), episode=jnp.where(trial_end, 0, episode),
-            trial_step=jnp.where(trial_end, 0, state.trial_step + 1),
+            identified=identified, episode_step=jnp.where(end, 0, state.episode_step + 1),
+            episode=jnp.where(trial_end, 0, episode), trial_step=jnp.where(trial_end, 0, state.trial_step + 1),
             episode_complete=state.episode_complete | end, episode_return=jnp.where(end, 0.0, episode_return), key=key)
         return state, inputs, out

@@ -207,7 +207,8 @@ def make_start(agent, lanes, families):
             act_matrix = draw(jax.random.split(keys[2], lanes.num_lanes), family, action_dim, lanes.action_size)
             obs = jax.vmap(lanes.envs[0].get_obs)(state.env[0])
             seen = inputs.at[:, :lanes.obs_size].set(lanes.project_observation(obs_matrix, obs))
-            made[family] = state.replace(obs_matrix=obs_matrix, act_matrix=act_matrix, input=seen), seen
+            made[family] = state.replace(obs_matrix=obs_matrix, act_matrix=act_matrix, input=seen,
+                                         identified=lanes.start_identification(obs_matrix, obs)), seen
         return stack([made[family] for family in families])
 
     return jit_once(start)

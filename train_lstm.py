@@ -107,20 +107,22 @@ class Config(MemoryConfig):
     action_repeat: int = 1  # environment steps that an action lasts
     episodes_per_trial: int = 1  # the memory is reset after so many episodes
     observe_change: bool = True  # also show the change of the projected observation
+    identify: bool = True  # also show what sysid.py finds out: inner products that no random projection hides
     observe: Literal["full", "none"] = "full"  # none: observations never reach the network (the blind control)
     memory: Literal["full", "none", "unreset"] = "full"  # none: reset at every step (memoryless); unreset: never
     backend: Literal["fused", "mjx"] = "fused"  # physics
     # how long, how wide
     total_timesteps: int = by_preset(cpu=20_000_000, accelerator=500_000_000)  # of one seed, up to whole log lines
-    num_envs: int = by_preset(cpu=96, accelerator=6144)  # stepped side by side, split equally among the tasks
+    num_envs: int = by_preset(cpu=192, accelerator=6144)  # stepped side by side, split equally among the tasks
     num_steps: int = 128  # steps of every environment between two updates
     log_every: int = 10  # updates between two log lines (one call of the compiled function)
+    action_bins: int = 5  # choices in every dimension of a continuous action; 0: a normal distribution
     # PPO
-    lr: float = 1e-3  # Adam step size
+    lr: float = 7e-4  # Adam step size
     anneal_lr: bool = True  # let the step size fall linearly to zero
     update_epochs: int = 4  # passes over every rollout
     num_minibatches: int = 4  # per pass; made of whole lanes (environments), never of time slices
-    gamma: float = 0.99  # discount
+    gamma: float = 0.995  # discount
     gae_lambda: float = 0.95  # generalised advantage estimation
     clip_eps: float = 0.2  # PPO clipping
     ent_coef: float = 0.01  # entropy bonus
@@ -164,7 +166,8 @@ def make_lanes(config: Config, **changes: Any) -> envs.Lanes:
     return envs.Lanes(**(dict(
         tasks=config.env, num_lanes=config.num_envs, projection=config.resolved_projection,
         obs_size=config.obs_size, action_size=config.action_size, episodes_per_trial=config.episodes_per_trial,
-        action_repeat=config.action_repeat, observe_change=config.observe_change, backend=config.backend,
+        action_repeat=config.action_repeat, observe_change=config.observe_change,
+        identify=config.identify and config.memory == "full", backend=config.backend,
         env_kwargs=envs.parse_kwargs(config.env_kwargs)) | changes))
 
 
@@ -205,7 +208,7 @@ class ActorCritic(nn.Module):
         self.core = make_memory(self.config, dtype)
         self.actor, self.critic = nn.Dense(width, dtype=dtype), nn.Dense(width, dtype=dtype)
         self.value_head = nn.Dense(1, kernel_init=nn.initializers.orthogonal(1.0))
-        outputs = self.num_outputs if self.discrete else 2 * self.num_outputs
+        outputs = self.num_outputs if self.discrete else self.num_outputs * (self.config.action_bins or 2)
         # a small gain: at first all actions are equally likely, whatever the input
         self.policy_head = nn.Dense(outputs, kernel_init=nn.initializers.orthogonal(0.01))
 
@@ -220,6 +223,8 @@ class ActorCritic(nn.Module):
         value = apply_flat(lambda x: self.value_head(nn.gelu(self.critic(x))), x)[..., 0]
         if self.discrete:
             return distrax.Categorical(logits=logits), value
+        if self.config.action_bins:
+            return envs.BinnedActions(logits.reshape(*logits.shape[:-1], self.num_outputs, -1)), value
         mean, log_std = jnp.split(logits, 2, axis=-1)  # actions are clipped, so a wider policy is only noise
         return distrax.MultivariateNormalDiag(mean, jnp.exp(jnp.clip(log_std, -4.0, 0.0))), value
 
@@ -338,7 +343,7 @@ def make_train(config: Config) -> Train:
     N, T, tasks = config.num_envs, config.num_steps, len(lanes.tasks)
     num_slots = 1 + (T - 1) // (lanes.max_episode_steps or T)  # how often a lane can run out of time in a rollout
     # Adam without its rate: that is traced, for sweeps, and multiplied where the step is taken
-    optimiser = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optax.scale_by_adam(eps=1e-5))
+    optimiser = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optax.scale_by_adam())
     memoryless, forgets = config.memory == "none", config.memory != "unreset"
 
     def init(key, hyper=None):
