@@ -251,32 +251,52 @@ def pad_to(x, shape):
 
 
 class BinnedActions:
-    """A policy over continuous actions (..., action_size): in each dimension one of `bins` values in [-1.5, 1.5].
+    """A policy over continuous actions: in every dimension one of `bins` values, equally spaced in [-1.5, 1.5].
 
-    A normal policy's deviation collapses in a few states, whose gradients then drown all others; this one's cannot.
-    The bound is beyond 1 because a projection shrinks many actions below the environment's limits.
+    The bound is beyond 1, the limit of every actuator, because most projections make actions smaller.
+
+    Args:
+      logits: (..., action_size, bins) float32.
     """
 
     def __init__(self, logits):
-        """logits: (..., action_size, bins) float."""
         self.choice = distrax.Independent(distrax.Categorical(logits=logits), 1)
         self.values = jnp.linspace(-1.5, 1.5, logits.shape[-1])
 
     def sample_and_log_prob(self, seed):
+        """Actions (..., action_size) float32 and their log probabilities (...)."""
         choice, log_prob = self.choice.sample_and_log_prob(seed=seed)
         return self.values[choice], log_prob
 
     def sample(self, seed):
+        """Actions (..., action_size) float32."""
         return self.sample_and_log_prob(seed)[0]
 
     def mode(self):
+        """The most probable actions (..., action_size) float32."""
         return self.values[self.choice.mode()]
 
     def log_prob(self, action):
+        """Log probability (...) of actions (..., action_size), each taken as the nearest of the values."""
         return self.choice.log_prob(jnp.abs(action[..., None] - self.values).argmin(-1))
 
     def entropy(self):
+        """(...) nats."""
         return self.choice.entropy()
+
+
+def continuous_policy(kind, outputs, action_size):
+    """The distribution of actions (..., action_size) that a policy head's outputs stand for.
+
+    "categorical" is BinnedActions. "gaussian" is a diagonal normal distribution with a deviation between 0.3 and 1.35:
+    free to, it collapses in a few states, whose gradients then drown all others; and wider is only noise, because
+    actions are clipped. outputs: (..., action_size * n) float32, n the number of bins or 2.
+    """
+    outputs = outputs.reshape(*outputs.shape[:-1], action_size, -1)
+    if kind == "categorical":
+        return BinnedActions(outputs)
+    mean, spread = outputs[..., 0], outputs[..., 1]
+    return distrax.MultivariateNormalDiag(mean, jnp.exp(1.5 * jax.nn.sigmoid(spread) - 1.2))
 
 
 class Lanes:

@@ -4,7 +4,7 @@
     python train_lstm.py --help                               # every flag, its default, one line each
 
 The same file as train_s5.py but for the memory section: an LSTM or, with --cell gru, a GRU of as many parameters, reset
-inside its scan. Copy this file with envs.py, dmc.py and physics.py into another project and it runs there.
+inside its scan. Copy this file with envs.py, dmc.py, physics.py and sysid.py into another project and it runs there.
 """
 
 import dataclasses
@@ -108,6 +108,8 @@ class Config(MemoryConfig):
     episodes_per_trial: int = 1  # the memory is reset after so many episodes
     observe_change: bool = True  # also show the change of the projected observation
     identify: bool = True  # also show what sysid.py finds out: inner products that no random projection hides
+    policy: Literal["categorical", "gaussian"] = "categorical"  # of continuous actions, see envs.continuous_policy
+    action_bins: int = 5  # values of a categorical policy in every dimension
     observe: Literal["full", "none"] = "full"  # none: observations never reach the network (the blind control)
     memory: Literal["full", "none", "unreset"] = "full"  # none: reset at every step (memoryless); unreset: never
     backend: Literal["fused", "mjx"] = "fused"  # physics
@@ -116,7 +118,6 @@ class Config(MemoryConfig):
     num_envs: int = by_preset(cpu=192, accelerator=6144)  # stepped side by side, split equally among the tasks
     num_steps: int = 128  # steps of every environment between two updates
     log_every: int = 10  # updates between two log lines (one call of the compiled function)
-    action_bins: int = 5  # choices in every dimension of a continuous action; 0: a normal distribution
     # PPO
     lr: float = 7e-4  # Adam step size
     anneal_lr: bool = True  # let the step size fall linearly to zero
@@ -141,13 +142,12 @@ class Config(MemoryConfig):
 
     @property
     def resolved_projection(self) -> str:
-        automatic = "gaussian" if all(envs.is_dmc(name) for name in self.env) else "none"
-        return automatic if self.projection == "auto" else self.projection
+        return self.projection.replace("auto", "gaussian" if all(map(envs.is_dmc, self.env)) else "none")
 
     def __post_init__(self):
         rules = {
             "at least 1": (lambda x: x >= 1, "width layers total_timesteps num_envs num_steps log_every update_epochs "
-                           "num_minibatches action_repeat episodes_per_trial obs_size action_size"),
+                           "num_minibatches action_repeat episodes_per_trial obs_size action_size action_bins"),
             "positive": (lambda x: x > 0, "lr clip_eps max_grad_norm"),
             "non-negative": (lambda x: x >= 0, "ent_coef vf_coef"),
             "in [0, 1]": (lambda x: 0 <= x <= 1, "gamma gae_lambda")}
@@ -163,12 +163,10 @@ class Config(MemoryConfig):
 
 def make_lanes(config: Config, **changes: Any) -> envs.Lanes:
     """The environments that `config` describes; `changes` replace arguments of envs.Lanes."""
-    return envs.Lanes(**(dict(
-        tasks=config.env, num_lanes=config.num_envs, projection=config.resolved_projection,
-        obs_size=config.obs_size, action_size=config.action_size, episodes_per_trial=config.episodes_per_trial,
-        action_repeat=config.action_repeat, observe_change=config.observe_change,
-        identify=config.identify and config.memory == "full", backend=config.backend,
-        env_kwargs=envs.parse_kwargs(config.env_kwargs)) | changes))
+    same_name = "obs_size action_size episodes_per_trial action_repeat observe_change backend"
+    return envs.Lanes(**{name: getattr(config, name) for name in same_name.split()} | dict(
+        tasks=config.env, num_lanes=config.num_envs, identify=config.identify and config.memory == "full",
+        projection=config.resolved_projection, env_kwargs=envs.parse_kwargs(config.env_kwargs)) | changes)
 
 
 # ---- Network -----------------------------------------------------------------------------------------------
@@ -204,13 +202,12 @@ class ActorCritic(nn.Module):
     def setup(self):
         width, dtype = self.config.width, jnp.dtype(self.config.dtype)
         self.input_norm, self.core_norm = RunningNorm(), nn.LayerNorm()
-        self.encoder = nn.Dense(width, dtype=dtype)
-        self.core = make_memory(self.config, dtype)
+        self.encoder, self.core = nn.Dense(width, dtype=dtype), make_memory(self.config, dtype)
         self.actor, self.critic = nn.Dense(width, dtype=dtype), nn.Dense(width, dtype=dtype)
         self.value_head = nn.Dense(1, kernel_init=nn.initializers.orthogonal(1.0))
-        outputs = self.num_outputs if self.discrete else self.num_outputs * (self.config.action_bins or 2)
+        per_action = 1 if self.discrete else self.config.action_bins if self.config.policy == "categorical" else 2
         # a small gain: at first all actions are equally likely, whatever the input
-        self.policy_head = nn.Dense(outputs, kernel_init=nn.initializers.orthogonal(0.01))
+        self.policy_head = nn.Dense(self.num_outputs * per_action, kernel_init=nn.initializers.orthogonal(0.01))
 
     def encode(self, inputs, outputs=math.inf):
         """outputs: how many numbers of a projected observation are shown; what is hidden is at 0, its mean."""
@@ -223,10 +220,7 @@ class ActorCritic(nn.Module):
         value = apply_flat(lambda x: self.value_head(nn.gelu(self.critic(x))), x)[..., 0]
         if self.discrete:
             return distrax.Categorical(logits=logits), value
-        if self.config.action_bins:
-            return envs.BinnedActions(logits.reshape(*logits.shape[:-1], self.num_outputs, -1)), value
-        mean, log_std = jnp.split(logits, 2, axis=-1)  # actions are clipped, so a wider policy is only noise
-        return distrax.MultivariateNormalDiag(mean, jnp.exp(jnp.clip(log_std, -4.0, 0.0))), value
+        return envs.continuous_policy(self.config.policy, logits, self.num_outputs), value
 
     def __call__(self, state, inputs, reset):
         """Whole sequences: inputs (T, B, input_size), reset (T, B) -> state, policy and value (T, B)."""
@@ -388,9 +382,8 @@ def make_train(config: Config) -> Train:
     def scale_rewards(runner, step):
         """Rewards over the running standard deviation of their discounted sum, one scale for all tasks."""
         def accumulate(total, x):
-            reward, end = x
-            total = total * runner.hyper["gamma"] + reward
-            return total * (1.0 - end), total
+            total = total * runner.hyper["gamma"] + x[0]
+            return total * (1.0 - x[1]), total
 
         returns, history = jax.lax.scan(accumulate, runner.returns, (step.reward, step.trial_end), unroll=8)
         stats = merge_stats(runner.return_stats, history.ravel())

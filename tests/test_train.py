@@ -64,9 +64,9 @@ def test_trainers_differ_in_memory_only():
     assert outside_memory("train_s5") == outside_memory("train_lstm") == outside_memory("train_transformer")
 
 
-@pytest.mark.parametrize("trainer,files", [("train_s5", ("s5.py", "envs.py", "dmc.py", "physics.py")),
-                                           ("train_lstm", ("envs.py", "dmc.py", "physics.py")),
-                                           ("train_transformer", ("envs.py", "dmc.py", "physics.py"))])
+@pytest.mark.parametrize("trainer,files", [("train_s5", ("s5.py", "envs.py", "dmc.py", "physics.py", "sysid.py")),
+                                           ("train_lstm", ("envs.py", "dmc.py", "physics.py", "sysid.py")),
+                                           ("train_transformer", ("envs.py", "dmc.py", "physics.py", "sysid.py"))])
 def test_runs_when_copied_alone(trainer, files, tmp_path):
     """Without experiment.py it prints a table, with it makes a run folder. The same returns."""
     def train(*flags):
