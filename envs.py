@@ -324,8 +324,8 @@ class Lanes:
       tasks: names, see make.
       num_lanes: how many environments, N; a multiple of the number of tasks.
       projection: one of PROJECTIONS. "none" passes observation and action (clipped to its space) as they are.
-      obs_size: size of o'. A random projection may be smaller than the observation (the task is then only partly
-        seen); identity and orthogonal, which lose nothing, must not.
+      obs_size: size of o', at least that of the largest observation. Only a gaussian or rademacher projection of
+        what is not from DMControl may be smaller: the task is then only partly seen.
       action_size: size of a', likewise.
       episodes_per_trial: episodes under one pair of projections.
       action_repeat: steps of the environment with one action, fewer where the episode ends in between; their rewards
@@ -393,12 +393,11 @@ class Lanes:
         self.obs_size = self.obs_dims[0] if projection == "none" else obs_size
         self.action_size = (act_spaces[0].n if self.discrete else
                             self.act_dims[0] if projection == "none" else action_size)
-        if projection in ("identity", "orthogonal"):
-            for task, obs_dim, act_dim in zip(self.tasks, self.obs_dims, self.act_dims):
-                if obs_size < obs_dim or not self.discrete and action_size < act_dim:
-                    raise ValueError(
-                        f"the {projection} projection needs obs_size >= {obs_dim} and action_size >= "
-                        f"{act_dim} for {task}, got obs_size={obs_size} and action_size={action_size}")
+        for task, env, obs_dim, act_dim in zip(self.tasks, self.envs, self.obs_dims, self.act_dims):
+            whole = projection in ("identity", "orthogonal") or projection != "none" and isinstance(env, dmc.DMC)
+            if whole and (obs_size < obs_dim or not self.discrete and action_size < act_dim):
+                raise ValueError(f"the {projection} projection needs obs_size >= {obs_dim} and action_size >= "
+                                 f"{act_dim} for {task}, got obs_size={obs_size} and action_size={action_size}")
         self.identify = identify and not self.discrete and projection not in ("identity", "none")
         outputs = tuple(range(self.obs_size))
         self.output_of_input = outputs + (-1,) * (self.action_size + 3) + (outputs if observe_change else ())

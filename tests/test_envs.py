@@ -440,12 +440,14 @@ def test_lanes_errors():
             (dict(projection="random"), "gaussian"), (dict(projection="none"), "equal sizes"),
             (dict(projection="identity", obs_size=5), "obs_size >= 6"),
             (dict(projection="orthogonal", action_size=1), "action_size >= 2"),
+            (dict(tasks=["walker-walk"]), "obs_size >= 24 and action_size >= 6 for walker-walk, got obs_size=12"),
+            (dict(projection="rademacher", action_size=1), "action_size >= 2"),
             (dict(obs_transform="log"), "symlog"), (dict(episodes_per_trial=0), "episodes_per_trial"),
             (dict(tasks=["CartPole-v1", "reacher-easy"]), "kind"),
             (dict(tasks=["CartPole-v1", "Acrobot-v1"]), "kind"),
             (dict(tasks=["reacher-esy"] * 2), "reacher-easy")):
         with pytest.raises(ValueError, match=message):
             envs.Lanes(**(dict(tasks=["reacher-easy", "point_mass-easy"], num_lanes=8) | kwargs))
-    gaussian = envs.Lanes(["reacher-easy"], 2, obs_size=3, action_size=1)  # fewer is allowed: a hard task
+    gaussian = envs.Lanes(["Pendulum-v1"], 2, "gaussian", obs_size=2)  # fewer than its 3: partly seen
     state, inputs = jax.eval_shape(gaussian.reset, KEY)
-    assert jax.eval_shape(gaussian.step, state, jnp.zeros((2, 1)))[1].shape == inputs.shape == (2, 3 + 1 + 3)
+    assert jax.eval_shape(gaussian.step, state, jnp.zeros((2, 2)))[1].shape == inputs.shape == (2, 2 + 2 + 3)
