@@ -20,6 +20,8 @@ with the model's own integrator, time step and friction cone:
     solver       min_a 1/2 (a - a0)' M (a - a0) + sum of s(x): closed form for a lone row, else Newton
     integrator   semi-implicit Euler with implicit joint damping, or RK4
 
+Contacts of capsules with parallel or crossing axes are not quite C's: see contact_geometry.
+
 A model that needs anything else raises `NotImplementedError`: `backend="mjx"` is MuJoCo's own JAX port.
 """
 import copy
@@ -538,7 +540,12 @@ def joints_above(m, body):
 
 
 def contact_geometry(m, tree, g1, g2):
-    """[(distance, normal from geom 1 to 2 (3,), midpoint (3,))]: one entry, two for a plane and a capsule."""
+    """[(distance, normal from geom 1 to 2 (3,), midpoint (3,))]: one entry, two for a plane and a capsule.
+
+    Two capsules differ from C's where they penetrate to their very axes (the segments cross), which has no direction
+    in the plane: C's normal is then y (it rubs along x and z, and does not push), here it is any, from rounding, or x.
+    And where they are parallel C may make two contacts, here it is one.
+    """
     def pose(g):
         b = m.geom_bodyid[g]
         axis = tree.mat[b] @ rotation(m.geom_quat[g])[:, 2]
