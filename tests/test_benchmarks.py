@@ -202,6 +202,37 @@ def test_reproduce_draws_finished_lengths(reproduce):
     assert [(r["memory"], r["at"], r["paper"]) for r in rows] == [("S5", 4, 1.0), ("LSTM", 4, 1.0)]
 
 
+def test_reading_scores_between_no_memory_and_the_oracle(tmp_path):
+    rows, _ = run("reading", tmp_path, "--tasks", "pendulum-swingup", "--memories", "S5", "--steps", "40000",
+                  "--num-envs", "32", "--num-steps", "50", picture=False)
+    table = {(row["target"], row["memory"]): row for row in rows}
+    assert len(table) == len(rows) == 4 * 3 and {row["memory"] for row in rows} == {"none", "S5", "oracle"}
+    none, s5, oracle = (table["control", name] for name in ("none", "S5", "oracle"))
+    errors = [float(row["error_200"]) for row in (none, s5, oracle)]
+    assert errors[2] < 0.2 < 0.5 < min(errors[:2])  # so soon no memory helps, but the oracle has nothing to find out
+    assert (float(none["closed_200"]), float(oracle["closed_200"])) == (0, 1)
+    np.testing.assert_allclose(float(s5["closed_200"]), (errors[0] - errors[1]) / (errors[0] - errors[2]), atol=0.01)
+
+
+def test_reading_asks_for_what_comes(load):
+    """What the agent will see is what it saw plus the target; controls are what its later actions do; in one trial."""
+    stream = load("reading").Stream("cartpole-swingup", 16, 150, False)
+    advance = jax.jit(stream.next)
+    carry, first = advance(stream.reset(jax.random.PRNGKey(0)))
+    data = jax.tree.map(lambda *x: np.concatenate(x), first, advance(carry)[1])
+    shown, action, trial = data["plain"][..., :12], data["plain"][1:, :, 12:14], np.cumsum(data["reset"], 0)
+    for i, k in enumerate((1, 4, 16)):
+        known = data["known"][:-k, :, i]
+        np.testing.assert_array_equal(known, trial[k:] == trial[:-k])
+        assert 0 < (~known).sum() < known.sum()
+        np.testing.assert_allclose(data["ahead"][:-k, :, i][known], (shown[k:] - shown[:-k])[known], atol=1e-5)
+        control = np.clip(np.einsum("tnij,tnj->tni", data["act_matrix"][:-k], action[k - 1:]), -1, 1)
+        np.testing.assert_allclose(data["controls"][:-k, :, k - 1][known], control[known], atol=1e-6)
+    sin_and_velocity = data["raw"][..., [2, 4], None]  # of the pole's angle
+    direction = data["act_matrix"] / np.linalg.norm(data["act_matrix"], axis=-1, keepdims=True)
+    np.testing.assert_allclose(data["control"], sin_and_velocity * direction, atol=1e-4)
+
+
 def test_ablations(tmp_path):
     rows, _ = run("ablations", tmp_path, "--only", "never reset", "--width", "8", "--total-timesteps", "1000",
                   "--seeds", "1", picture=False)
