@@ -1,6 +1,6 @@
 """Physics backends on the same tasks: fused, MJX and C MuJoCo. Speed, compile time, agreement.
 
-    python benchmarks/physics.py                                     # eleven tasks, batches 1 ... 8192
+    python benchmarks/physics.py                                     # all tasks, batches 1 ... 8192
     python benchmarks/physics.py --batches 64 --tasks finger-spin pendulum-swingup
     python benchmarks/physics.py --batches 252 --mjx-batch 252 \\
         --tasks ball_in_cup-catch+cartpole-swingup+finger-spin+finger-turn_hard+point_mass-easy+reacher-easy
@@ -13,6 +13,8 @@ reset, where that package is installed. MJX and playground are slow: one batch s
 
 error_qpos and error_qvel: the largest difference from C MuJoCo after one control step in float32, over 64
 states that C reaches from fresh starts by up to 50 random actions (metres and radians, and those per second).
+error_qpos_200: that of the positions after 200 steps of random actions, the median over the states, for contacts
+are chaotic; "fused" only.
 Medians of several calls, synchronised, after a warm-up.
 """
 
@@ -33,7 +35,7 @@ import dmc
 import envs
 import physics
 
-STATES, ACTIONS_BEFORE = 64, 50  # of the error
+STATES, ACTIONS_BEFORE, DRIFT = 64, 50, 200  # of the errors
 PLAYGROUND = {task: task.replace("-", "_").title().replace("_", "") for task in dmc.TASKS} | {
     "ball_in_cup-catch": "BallInCup", "point_mass-easy": "PointMass"}  # registered names
 
@@ -47,7 +49,10 @@ def scanned(step, state, actions, repeats):
 
 def lanes_speed(tasks, batch, backend, steps, repeats):
     """(environment steps per second, compile seconds) of `steps` steps on `batch` lanes."""
-    lanes = envs.Lanes(tasks, batch, observe_change=True, backend=backend)
+    made = [envs.make(task)[0] for task in tasks]
+    obs_size = max(12, *(env.observation_space().shape[0] for env in made))  # the paper's sizes, if they will do
+    action_size = max(2, *(env.model.nu for env in made))
+    lanes = envs.Lanes(tasks, batch, obs_size=obs_size, action_size=action_size, observe_change=True, backend=backend)
     state, _ = jax.jit(lanes.reset)(jax.random.PRNGKey(0))
 
     def step(state, x):
@@ -97,20 +102,27 @@ def c_speed(model, substeps, start, threads, steps, repeats):
 
 
 def errors(model, substeps, start, backends):
-    """{backend: (largest difference of qpos, of qvel) from C MuJoCo after one control step}."""
+    """{backend: difference from C MuJoCo: (largest of qpos, of qvel after a control step, of qpos after DRIFT)}."""
     rng, data = np.random.default_rng(0), mujoco.MjData(model)
-    control = rng.uniform(-1, 1, (len(start), ACTIONS_BEFORE + 1, model.nu)).astype(np.float32)
+    control = rng.uniform(-1, 1, (len(start), ACTIONS_BEFORE + DRIFT, model.nu)).astype(np.float32)
     states, _ = mujoco.rollout.rollout(model, data, start, control.repeat(substeps, 1).astype(float))
     begin = states[np.arange(len(start)), rng.integers(1, ACTIONS_BEFORE + 1, len(start)) * substeps - 1]
     qpos, qvel = np.float32(begin[:, 1:1 + model.nq]), np.float32(begin[:, 1 + model.nq:])
-    begin, last = full_states(model, qpos, qvel), control[:, -1:].repeat(substeps, 1)
-    states, _ = mujoco.rollout.rollout(model, data, begin, last.astype(float))
+    control = control[:, ACTIONS_BEFORE:]
+    begin = full_states(model, qpos, qvel)
+    states, _ = mujoco.rollout.rollout(model, data, begin, control.repeat(substeps, 1).astype(float))
+    truth = np.split(states[:, substeps - 1::substeps, 1:], [model.nq], -1)
     found = {}
     for backend in backends:
-        step = jax.jit(jax.vmap(physics.make_step(model, substeps, backend)))
-        new_qpos, new_qvel, _ = step(qpos, qvel, control[:, -1])
-        truth = states[:, -1, 1:1 + model.nq], states[:, -1, 1 + model.nq:]
-        found[backend] = tuple(float(np.abs(a - b).max()) for a, b in zip((new_qpos, new_qvel), truth))
+        step, steps = physics.make_step(model, substeps, backend), DRIFT if backend == "fused" else 1
+
+        def run(qpos, qvel, control):
+            return jax.lax.scan(lambda s, u: (step(*s, u)[:2],) * 2, (qpos, qvel), control)[1]
+
+        ours = jax.jit(jax.vmap(run))(qpos, qvel, control[:, :steps])
+        difference = [np.abs(np.asarray(a) - b[:, :steps]).max(-1) for a, b in zip(ours, truth)]
+        drift = float(np.median(difference[0][:, -1])) if steps == DRIFT else None
+        found[backend] = *(float(x[:, 0].max()) for x in difference), drift
     return found
 
 
@@ -135,10 +147,11 @@ def main():
         tasks, error, alone = name.split("+"), {}, "+" not in name
 
         def row(backend, batch, speed, compile_s=None):
-            error_qpos, error_qvel = error.get(backend, (None, None))
+            error_qpos, error_qvel, error_qpos_200 = error.get(backend, (None, None, None))
             table.add(
                 tasks=name if alone else f"{len(tasks)}-tasks", backend=backend, batch=batch,
-                steps_per_s=round(speed), compile_s=compile_s, error_qpos=error_qpos, error_qvel=error_qvel)
+                steps_per_s=round(speed), compile_s=compile_s, error_qpos=error_qpos, error_qvel=error_qvel,
+                error_qpos_200=error_qpos_200)
 
         if alone:
             task = name.removeprefix("dmc:")
