@@ -51,6 +51,7 @@ def test_physics(tmp_path):
     assert all(float(r["steps_per_s"]) > 0 for r in rows)
     for row in rows[0], rows[3]:
         assert float(row["error_qpos"]) < 1e-5 and 0 < float(row["error_qvel"]) < 1e-4
+    assert 0 < float(rows[0]["error_qpos_200"]) < 1e-2 and not rows[3]["error_qpos_200"]
 
 
 def test_train(tmp_path):
