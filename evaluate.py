@@ -66,6 +66,7 @@ class Agent(NamedTuple):
     tasks: tuple  # that it was trained on
     obs_size: int
     action_size: int
+    identify: bool  # whether it sees what sysid.py finds out
 
     @property
     def dmc(self):
@@ -106,7 +107,7 @@ def load(folder):
     tasks = tuple(t.removeprefix("dmc:") if envs.is_dmc(t) else t for t in config.env)
     return Agent(folder, trainer, config, params, [seed for _, seed in members],
                  update * config.steps_per_update, config.resolved_projection, tasks,
-                 train.lanes.obs_size, train.lanes.action_size)
+                 train.lanes.obs_size, train.lanes.action_size, train.lanes.identify)
 
 
 def choose_tasks(agent, tasks=(), held_out=()):
@@ -176,8 +177,8 @@ def trial_keys(task, place):
 
 def make_lanes(agent, task, trials, episodes):
     """Lanes of `trials` fresh trials of one task. DMControl: see make_start for their projections."""
-    sizes = dict(projection="gaussian", obs_size=agent.obs_size, action_size=agent.action_size)
-    changes = sizes if agent.dmc else {}
+    changes = dict(projection="gaussian", obs_size=agent.obs_size, action_size=agent.action_size,
+                   identify=agent.identify) if agent.dmc else {}
     return agent.trainer.make_lanes(agent.config, tasks=(task,), num_lanes=trials, stagger=False,
                                     episodes_per_trial=episodes, **changes)
 

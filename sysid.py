@@ -97,13 +97,14 @@ def features(state: State) -> jax.Array:
     vectors = jnp.concatenate(
         [jnp.stack([o - mean, state.change / change_unit, goal - o], 1), effect, drift], 1)
 
+    def whiten(moments):  # vectors (N, vectors, n) times the inverse of moments (N, n, n)
+        return solve(moments + 3 * ridge * jnp.eye(n), vectors.mT).mT
+
     i, j = jnp.triu_indices(vectors.shape[1])
-    def gram(dual): return (vectors[:, i] * dual[:, j]).sum(-1)
-    def whitened(moments): return solve(moments + 3 * ridge * jnp.eye(n), vectors.mT).mT
+    in_three_metrics = [(vectors[:, i] * dual[:, j]).sum(-1)
+                        for dual in (vectors, whiten(changes), whiten(keys[:, :n, :n]))]
     slope = weights[..., n]                                                    # of the reward: rho, sigma, tau
-    found = jnp.concatenate([
-        gram(vectors), gram(whitened(changes)), gram(whitened(keys[:, :n, :n])),
-        (vectors * slope[:, None, :n]).sum(-1), slope[:, n:]], -1)
+    found = jnp.concatenate([*in_three_metrics, (vectors * slope[:, None, :n]).sum(-1), slope[:, n:]], -1)
     return jnp.where(state.steps[:, None] > 0, jnp.arcsinh(found), 0.0)
 
 
