@@ -100,7 +100,7 @@ def test_two_calls_give_the_same_table_and_files(run, capsys):
     assert done.stdout == printed
     assert files == {name: (run / "eval" / name).read_bytes() for name in files}
     last = printed[printed.rindex("tasks held out"):].splitlines()
-    assert len(last) == 4 and TASKS[1] in last[-1]
+    assert len(last) == 8 and TASKS[1] in last[3] and TASKS[1] in last[-1]  # reading, then returns
     text = files["report.md"].decode()
     assert all((run / "eval" / name).stat().st_size > 1000 for name in re.findall(r"!\[\w+\]\((.+?)\)", text))
 
