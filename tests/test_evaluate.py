@@ -282,7 +282,9 @@ def test_other_projections_meet_the_same_starts(starts):
         np.testing.assert_array_equal(a, c)
     lanes = train_s5.make_lanes(agent.config, tasks=TASKS[1:], num_lanes=3, projection="identity", stagger=False)
     expected = evaluate.jit_once(lanes.reset)(evaluate.trial_keys(TASKS[1], 1)[0])[1]
-    np.testing.assert_allclose(inputs, expected, rtol=1e-5, atol=1e-6)
+    plain = expected.shape[1]  # then comes what is identified, nothing so far
+    np.testing.assert_allclose(inputs[:, :plain], expected, rtol=1e-5, atol=1e-6)
+    assert inputs.shape[1] > plain and not inputs[:, plain:].any()
     columns = other.obs_matrix  # orthogonal, of one length
     np.testing.assert_allclose(columns.mT @ columns, np.tile(np.eye(5) * 12 / 5, (3, 1, 1)), atol=1e-5)
 
@@ -291,7 +293,8 @@ def test_first_outputs_are_those_of_a_smaller_projection(starts):
     """What is hidden is what a projection with those rows at zero does not show."""
     _, lanes, starts = starts
     state, _ = starts["gaussian"]
-    shown = np.array(lanes.output_of_input) < 5
+    shown, plain = np.array(lanes.output_of_input) < 5, 12 + 2 + 3 + 12
+    assert not shown[plain:].any()  # what is identified comes from all numbers
     matrix, inputs = state.obs_matrix.at[:, 5:].set(0), state.input.at[:, 5:12].set(0)
     smaller = state.replace(obs_matrix=matrix, input=inputs)
     step = jax.jit(lambda state, action: lanes.step(state, action, 1))
@@ -299,7 +302,7 @@ def test_first_outputs_are_those_of_a_smaller_projection(starts):
         action = jax.random.normal(jax.random.PRNGKey(t), (3, 2))
         state, inputs, _ = step(state, action)
         smaller, expected, _ = step(smaller, action)
-        np.testing.assert_array_equal(inputs * shown, expected)
+        np.testing.assert_array_equal((inputs * shown)[:, :plain], expected[:, :plain])
     assert np.abs(inputs).max() > 0
 
 
