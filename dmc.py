@@ -26,9 +26,7 @@ from gymnax.environments import environment, spaces
 import physics
 
 
-# ---------------------------------------------------------------------------------------------------------
-# What the domains share
-# ---------------------------------------------------------------------------------------------------------
+# ---- What the domains share --------------------------------------------------------------------------------
 @struct.dataclass
 class DMCState:
     """State of one DMControl task. Fields that a task does not have are None (no leaf in the pytree)."""
@@ -121,9 +119,7 @@ def without_x(s):
     return [s.qpos[1:], s.qvel]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# acrobot (dm_control suite/acrobot.py)
-# ---------------------------------------------------------------------------------------------------------
+# ---- acrobot (dm_control suite/acrobot.py) -----------------------------------------------------------------
 ACROBOT = """<mujoco>
   <option timestep=".01" integrator="RK4"><flag constraint="disable"/></option>
   <default><joint axis="0 1 0" damping=".05"/><geom type="capsule" fromto="0 0 0  0 0 1" mass="1"/></default>
@@ -157,9 +153,7 @@ def acrobot_reward(s, ctrl, env, margin):
     return tolerance(jnp.linalg.norm(jnp.array([0, 2]) - tip), upper=0.2, margin=margin)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# ball_in_cup (dm_control suite/ball_in_cup.py)
-# ---------------------------------------------------------------------------------------------------------
+# ---- ball_in_cup (dm_control suite/ball_in_cup.py) ---------------------------------------------------------
 BALL_IN_CUP = """<mujoco>
   <default>
     <default class="cup">
@@ -207,9 +201,7 @@ def cup_reward(s, ctrl, env):
     return (jnp.abs(cup - ball) < 0.05 - 0.025).all()
 
 
-# ---------------------------------------------------------------------------------------------------------
-# cartpole (dm_control suite/cartpole.py)
-# ---------------------------------------------------------------------------------------------------------
+# ---- cartpole (dm_control suite/cartpole.py) ---------------------------------------------------------------
 def cartpole_model(poles):
     """A cart with a chain of `poles` poles."""
     chain = ""
@@ -262,9 +254,7 @@ def cartpole_sparse_reward(s, ctrl, env):
     return (jnp.abs(s.qpos[0]) <= 0.25) & (jnp.cos(jnp.cumsum(s.qpos[1:])) >= 0.995).all()
 
 
-# ---------------------------------------------------------------------------------------------------------
-# cheetah (dm_control suite/cheetah.py)
-# ---------------------------------------------------------------------------------------------------------
+# ---- cheetah (dm_control suite/cheetah.py) -----------------------------------------------------------------
 CHEETAH = """<mujoco>
   <option timestep=".01"/>
   <default>
@@ -336,9 +326,7 @@ def cheetah_reward(s, ctrl, env):
     return tolerance(env.speed(s), lower=10.0, upper=math.inf, margin=10.0, sigmoid="linear", value_at_margin=0.0)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# finger (dm_control suite/finger.py)
-# ---------------------------------------------------------------------------------------------------------
+# ---- finger (dm_control suite/finger.py) -------------------------------------------------------------------
 # The cylinders weigh but do not collide here: one is out of reach of the spinner, the other inside it. The
 # ground is out of the finger's reach. The hinge damping is .5, but .03 in the spin task.
 FINGER = """<mujoco>
@@ -409,9 +397,7 @@ def turn_reward(s, ctrl, env, radius):
     return finger_distance(s, radius) <= 0
 
 
-# ---------------------------------------------------------------------------------------------------------
-# hopper (dm_control suite/hopper.py)
-# ---------------------------------------------------------------------------------------------------------
+# ---- hopper (dm_control suite/hopper.py) -------------------------------------------------------------------
 HOPPER = """<mujoco>
   <option timestep=".005"/>
   <default>
@@ -485,9 +471,7 @@ def hop_reward(s, ctrl, env):
     return standing(s, env) * speed
 
 
-# ---------------------------------------------------------------------------------------------------------
-# pendulum (dm_control suite/pendulum.py)
-# ---------------------------------------------------------------------------------------------------------
+# ---- pendulum (dm_control suite/pendulum.py) ---------------------------------------------------------------
 PENDULUM = """<mujoco>
   <option timestep=".02"><flag contact="disable"/></option>
   <worldbody>
@@ -513,9 +497,7 @@ def pendulum_reward(s, ctrl, env):
     return jnp.cos(s.qpos[0]) >= math.cos(math.radians(8))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# point_mass (dm_control suite/point_mass.py)
-# ---------------------------------------------------------------------------------------------------------
+# ---- point_mass (dm_control suite/point_mass.py) -----------------------------------------------------------
 POINT_MASS = """<mujoco>
   <option timestep=".02"><flag contact="disable"/></option>
   <default><joint type="slide" range="-.29 .29" damping="1"/><motor gear=".1" ctrlrange="-1 1"/></default>
@@ -553,9 +535,7 @@ def point_mass_reward(s, ctrl, env):
     return near_target * (4 + tolerance(ctrl, margin=1.0, sigmoid="quadratic", value_at_margin=0.0).mean()) / 5
 
 
-# ---------------------------------------------------------------------------------------------------------
-# reacher (dm_control suite/reacher.py)
-# ---------------------------------------------------------------------------------------------------------
+# ---- reacher (dm_control suite/reacher.py) -----------------------------------------------------------------
 REACHER = """<mujoco>
   <option timestep=".02"><flag contact="disable"/></option>
   <default><joint axis="0 0 1" damping=".01"/><geom size=".01"/><motor gear=".05" ctrlrange="-1 1"/></default>
@@ -594,9 +574,7 @@ def reacher_reward(s, ctrl, env, radius):
     return jnp.linalg.norm(reacher_to_target(s)) <= radius + 0.01  # of the target, of the finger
 
 
-# ---------------------------------------------------------------------------------------------------------
-# walker (dm_control suite/walker.py)
-# ---------------------------------------------------------------------------------------------------------
+# ---- walker (dm_control suite/walker.py) -------------------------------------------------------------------
 LEG = """<body name="SIDE_thigh" pos="0 OFFSET -.3">
         <joint name="SIDE_hip" range="-20 100"/>
         <geom name="SIDE_thigh" size=".05" fromto="0 0 0  0 0 -.45"/>
@@ -660,9 +638,7 @@ def walker_reward(s, ctrl, env, speed=0.0):
     return stand * (5 * fast + 1) / 6
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The tasks
-# ---------------------------------------------------------------------------------------------------------
+# ---- The tasks ---------------------------------------------------------------------------------------------
 def finger_turn(radius):
     return Task(FINGER.replace("HINGE_DAMPING", ".5"), 2, 12, partial(finger_start, turn=True),
                 partial(finger_observe, radius=radius), partial(turn_reward, radius=radius))
@@ -702,9 +678,7 @@ TASKS = {  # dm_control's "DOMAIN-TASK"
 }
 
 
-# ---------------------------------------------------------------------------------------------------------
-# As environments with gymnax's interface
-# ---------------------------------------------------------------------------------------------------------
+# ---- As environments with gymnax's interface ---------------------------------------------------------------
 @struct.dataclass
 class EnvParams(environment.EnvParams):
     max_steps_in_episode: int = 1000

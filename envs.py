@@ -36,9 +36,7 @@ TRAIN_TASKS = ("ball_in_cup-catch", "cartpole-swingup", "finger-spin", "finger-t
 HELD_OUT_TASKS = ("cartpole-balance", "finger-turn_easy", "pendulum-swingup", "point_mass-hard", "reacher-hard")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Environments by name
-# ---------------------------------------------------------------------------------------------------------
+# ---- Environments by name ----------------------------------------------------------------------------------
 @struct.dataclass
 class BraxState:
     """State of a brax environment."""
@@ -149,9 +147,7 @@ def make(name, backend="fused", **kwargs):
     return env, env.default_params.replace(**{k: v for k, v in kwargs.items() if k in fields})
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Projections and trials
-# ---------------------------------------------------------------------------------------------------------
+# ---- Projections and trials --------------------------------------------------------------------------------
 PROJECTIONS = ("gaussian", "orthogonal", "rademacher", "identity", "none")
 
 

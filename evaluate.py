@@ -52,9 +52,7 @@ POLICIES = {  # name: (kind of action, whether the memory is reset before every 
 FAMILIES = ("gaussian", "orthogonal", "rademacher", "identity")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# A run folder -> agent
-# ---------------------------------------------------------------------------------------------------------
+# ---- A run folder -> agent ---------------------------------------------------------------------------------
 class Agent(NamedTuple):
     folder: Path
     trainer: Any  # module that defines the network
@@ -157,9 +155,7 @@ def fits(agent, task):
     return obs_dim <= agent.obs_size and action_dim <= agent.action_size
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Trials
-# ---------------------------------------------------------------------------------------------------------
+# ---- Trials ------------------------------------------------------------------------------------------------
 class Variants(NamedTuple):
     """What differs between V ways to live the same trials inside one compiled function."""
 
@@ -387,9 +383,7 @@ def record_trial(agent, task, trials, episodes, shown):
             "act_matrix": matrices[1], "sides": sides}
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------------------
+# ---- Command line ------------------------------------------------------------------------------------------
 def evaluate(folders: tyro.conf.Positional[tuple[Path, ...]], tasks: tuple[str, ...] = (),
              held_out: tuple[str, ...] = (), trials: int = 32, episodes: int = 0, sizes: tuple[int, ...] = (),
              projections: bool = True, deterministic: bool = False, replay: tuple[str, ...] = (),

@@ -45,9 +45,7 @@ def disabled(m, name):
     return bool(m.opt.disableflags & int(getattr(mujoco.mjtDisableBit, f"mjDSBL_{name}")))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Partial evaluation: scalars known now or later
-# ---------------------------------------------------------------------------------------------------------
+# ---- Partial evaluation: scalars known now or later --------------------------------------------------------
 class Traced:
     """A traced scalar `x` (float or bool) of a computation whose float dtype is `dtype`.
 
@@ -216,9 +214,7 @@ def solve(factors, b):
     return np.array(x, object)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Rigid bodies
-# ---------------------------------------------------------------------------------------------------------
+# ---- Rigid bodies ------------------------------------------------------------------------------------------
 def rotation(quat):
     mat = np.zeros(9)
     mujoco.mju_quat2Mat(mat, np.asarray(quat, float))
@@ -351,9 +347,7 @@ def relative_jacobian(tree, end1, end2, direction):
     return J
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Constraints
-# ---------------------------------------------------------------------------------------------------------
+# ---- Constraints -------------------------------------------------------------------------------------------
 class Group(NamedTuple):
     """Constraints on the same coordinates y = T a: one scalar, or the relative planar twist of two bodies."""
     T: list           # of {dof: coefficient}
@@ -480,9 +474,7 @@ def scalar_rows(m, tree, q, v, wrap_prm):
     return groups
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Contacts
-# ---------------------------------------------------------------------------------------------------------
+# ---- Contacts ----------------------------------------------------------------------------------------------
 def contact_pairs(m):
     """Geom pairs that MuJoCo's filters let collide, less those that no joint positions can bring together."""
     if disabled(m, "CONTACT") or disabled(m, "CONSTRAINT"):
@@ -668,9 +660,7 @@ def ray_hits_site(m, tree, site, start, direction):
     return (c < 0.0) | ((b < 0.0) & (a * c < b * b))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Solver
-# ---------------------------------------------------------------------------------------------------------
+# ---- Solver ------------------------------------------------------------------------------------------------
 def islands(M, groups):
     """Split the dofs into sets that neither the mass matrix nor a group couples: [(dofs, groups)]."""
     label = list(range(len(M)))
@@ -781,9 +771,7 @@ def line_search(M, offset, d, members, xs, dxs, slope0, evaluations, dtype):
     return alpha
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Public functions
-# ---------------------------------------------------------------------------------------------------------
+# ---- Public functions --------------------------------------------------------------------------------------
 def make_step(model, substeps=1, backend="fused"):
     """Compile `model` into one control step.
 
@@ -990,9 +978,7 @@ def make_min_distance(model):
     return min_distance
 
 
-# ---------------------------------------------------------------------------------------------------------
-# MJX backend: MuJoCo's own JAX port, behind the same interface
-# ---------------------------------------------------------------------------------------------------------
+# ---- MJX backend: MuJoCo's own JAX port, behind the same interface -----------------------------------------
 def make_mjx_step(model, substeps):
     """`make_step` on MuJoCo's JAX port, with the same options (less the energy flag, which it refuses)."""
     from mujoco import mjx
@@ -1017,9 +1003,7 @@ def make_mjx_step(model, substeps):
     return step
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Refusals
-# ---------------------------------------------------------------------------------------------------------
+# ---- Refusals ----------------------------------------------------------------------------------------------
 def refuse(m, feature, kind=None, index=0):
     name = kind and mujoco.mj_id2name(m, getattr(mujoco.mjtObj, f"mjOBJ_{kind.upper()}"), int(index))
     element = f" ({kind} {repr(name) if name else int(index)})" if kind else ""

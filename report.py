@@ -22,9 +22,7 @@ from scipy.stats import t as student
 BINS = 20  # of an in-context curve
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Statistics
-# ---------------------------------------------------------------------------------------------------------
+# ---- Statistics --------------------------------------------------------------------------------------------
 def iqm(x, axis=-1):
     """Mean of what is left when the lowest and highest quarter (rounded down) are cut off."""
     x = np.sort(x, axis)
@@ -90,9 +88,7 @@ def compare(x, y):
     return estimate(difference), better._replace(low=np.maximum(better.low, 0), high=np.minimum(better.high, 1))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Tables
-# ---------------------------------------------------------------------------------------------------------
+# ---- Tables ------------------------------------------------------------------------------------------------
 def groups(result):
     """{"trained on" and "held out": indices of tasks}, those that are not empty, in this order."""
     found = {"trained on": [], "held out": []}
@@ -252,9 +248,7 @@ def write_tables(result, folder):
             write_csv(folder / f"{name}.csv", rows)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Pictures: colours of Okabe and Ito, which colour-blind readers can tell apart; markers and dashes differ too
-# ---------------------------------------------------------------------------------------------------------
+# ---- Pictures: colours of Okabe and Ito, which colour-blind readers can tell apart; markers and dashes differ too 
 BLUE, ORANGE, GREEN, RED, PINK, SKY, BLACK, GREY = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#777777")
 STYLE = {"memory, sampled": (BLUE, "o", "-"), "memory, mode": (SKY, "s", "-"),
@@ -387,9 +381,7 @@ def plot_projections(results, path):
     save(figure, path)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Reports
-# ---------------------------------------------------------------------------------------------------------
+# ---- Reports -----------------------------------------------------------------------------------------------
 NOTES = """## How to read this
 
 Returns are sums of rewards over an episode (the mean of a trial's episodes if there are several); IQM is the

@@ -2,7 +2,7 @@
 
     python train_s5.py                                        # six DMControl tasks through random projections
     python train_s5.py --env cartpole-swingup --num-seeds 4   # one task, four seeds in one compiled function
-    python train_s5.py --env MemoryChain-bsuite --env-kwargs memory_length=64 --total-timesteps 2000000
+    python train_s5.py --env MemoryChain-bsuite --env-kwargs memory_length=64 --num-envs 32
     python train_s5.py --sweep lr=3e-4,1e-3 --sweep ent_coef=0,0.01 --num-seeds 3
     python train_s5.py --resume runs/NAME                     # go on after a kill, to the same bits
     python train_s5.py --help                                 # every flag, its default, one line each

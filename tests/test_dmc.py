@@ -36,9 +36,7 @@ def dm_env(task, seed=0):
     return suite.load(*task.split("-"), task_kwargs={"random": seed})
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Models
-# ---------------------------------------------------------------------------------------------------------
+# ---- Models ------------------------------------------------------------------------------------------------
 FIELDS = {
     "body": "parent weld pos quat ipos iquat mass inertia invweight0 subtreemass gravcomp",
     "jnt": "type body pos axis limited range stiffness margin solref solimp actfrclimited actgravcomp",
@@ -125,9 +123,7 @@ def test_model_equals_dm_control(task):
     assert checked > 50
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Steps, rewards and starts against dm_control
-# ---------------------------------------------------------------------------------------------------------
+# ---- Steps, rewards and starts against dm_control ----------------------------------------------------------
 def extras(task, physics):
     """The task's per-episode values in dm_control's model, by the names of DMCState."""
     model = physics.named.model

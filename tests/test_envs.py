@@ -24,9 +24,7 @@ KEY = jax.random.PRNGKey(0)
 quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Names and adapters
-# ---------------------------------------------------------------------------------------------------------
+# ---- Names and adapters ------------------------------------------------------------------------------------
 def test_make_names():
     assert envs.TRAIN_TASKS == ("ball_in_cup-catch", "cartpole-swingup", "finger-spin", "finger-turn_hard",
                                 "point_mass-easy", "reacher-easy")
@@ -169,9 +167,7 @@ def test_brax_adapter():
     assert params.max_steps_in_episode == 1000
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Lanes
-# ---------------------------------------------------------------------------------------------------------
+# ---- Lanes -------------------------------------------------------------------------------------------------
 def symlog(x):
     return np.sign(x) * np.log1p(np.abs(x))
 

@@ -600,5 +600,6 @@ def test_imports_run_one_way():
     assert imported("evaluate") == {"dmc", "envs", "experiment", "replay", "report"}
     assert imported("experiment") == set()
     assert imported("report") == set() and imported("replay") == {"dmc"}
-    assert imported("envs") == {"dmc"} and imported("dmc") == {"physics"} and imported("physics") == set()
+    assert imported("envs") == {"dmc", "sysid"} and imported("dmc") == {"physics"}
+    assert imported("physics") == imported("sysid") == set()
     assert "evaluate" not in imported("train_s5") | imported("train_lstm")
