@@ -130,8 +130,7 @@ ACROBOT = """<mujoco>
       <body name="lower_arm" pos="0 0 1">
         <joint name="elbow"/>
         <geom name="lower_arm" size=".049"/>
-      </body>
-    </body>
+      </body></body>
   </worldbody>
   <actuator><motor name="elbow" joint="elbow" gear="2" ctrlrange="-1 1"/></actuator>
 </mujoco>"""
@@ -280,9 +279,7 @@ CHEETAH = """<mujoco>
           <body name="bfoot" pos="-.28 0 -.14">
             <joint name="bfoot" range="-230 50" stiffness="120" damping="3"/>
             <geom name="bfoot" size=".046 .094" pos=".03 0 -.097" euler="0 -15 0"/>
-          </body>
-        </body>
-      </body>
+          </body></body></body>
       <body name="fthigh" pos=".5 0 0">
         <joint name="fthigh" range="-57 .4" stiffness="180" damping="4.5"/>
         <geom name="fthigh" size=".046 .133" pos="-.07 0 -.12" euler="0 30 0"/>
@@ -292,10 +289,7 @@ CHEETAH = """<mujoco>
           <body name="ffoot" pos=".13 0 -.18">
             <joint name="ffoot" range="-28 28" stiffness="60" damping="1.5"/>
             <geom name="ffoot" size=".046 .07" pos=".045 0 -.07" euler="0 -34 0"/>
-          </body>
-        </body>
-      </body>
-    </body>
+          </body></body></body></body>
   </worldbody>
   <actuator>
     <motor name="bthigh" joint="bthigh" gear="120"/>
@@ -347,8 +341,7 @@ FINGER = """<mujoco>
         <geom name="fingertip" fromto="0 0 -.13  0 0 -.161" size=".03"/>
         <site name="touchtop" type="ellipsoid" size=".025 .03 .025" pos=".01 0 -.17"/>
         <site name="touchbottom" type="ellipsoid" size=".025 .03 .025" pos="-.01 0 -.17"/>
-      </body>
-    </body>
+      </body></body>
     <body name="spinner" pos=".2 0 .4">
       <joint name="hinge" frictionloss=".1" damping="HINGE_DAMPING"/>
       <geom name="cap1" size=".04 .09" pos=".02 0 0"/>
@@ -429,11 +422,7 @@ HOPPER = """<mujoco>
               <geom name="foot" size=".04" fromto="-.08 0 0  .17 0 0"/>
               <site name="touch_toe" pos=".17 0 0"/>
               <site name="touch_heel" pos="-.08 0 0"/>
-            </body>
-          </body>
-        </body>
-      </body>
-    </body>
+            </body></body></body></body></body>
   </worldbody>
   <actuator>
     <motor name="waist" joint="waist" gear="30"/>
@@ -547,8 +536,7 @@ REACHER = """<mujoco>
         <joint name="wrist" range="-160 160"/>
         <geom name="hand" type="capsule" fromto="0 0 0  .1 0 0"/>
         <body name="finger" pos=".12 0 0"><geom name="finger"/></body>
-      </body>
-    </body>
+      </body></body>
   </worldbody>
   <actuator><motor name="shoulder" joint="shoulder"/><motor name="wrist" joint="wrist"/></actuator>
 </mujoco>"""
@@ -584,8 +572,7 @@ LEG = """<body name="SIDE_thigh" pos="0 OFFSET -.3">
           <body name="SIDE_foot" pos=".06 0 -.25">
             <joint name="SIDE_ankle" pos="-.06 0 0" range="-45 45"/>
             <geom name="SIDE_foot" size=".05 .1" zaxis="1 0 0"/>
-          </body>
-        </body>
+          </body></body>
       </body>"""
 WALKER = f"""<mujoco>
   <option timestep=".0025"/>
