@@ -202,7 +202,7 @@ class LanesState:
     obs_matrix: Any  # as in Start, of the running trials
     act_matrix: Any
     spare: Start
-    input: jax.Array  # (N, input_size) float32, what the agent sees now
+    input: jax.Array  # (N, input_size + privileged_size) float32, what the agent sees now
     identified: Any  # sysid.State of the running trials; None if not asked for
     episode_step: jax.Array  # (N,) int32, steps of this episode, those a staggered lane did not live included
     episode: jax.Array  # (N,) int32, episodes of this trial that are over
@@ -220,7 +220,7 @@ class LaneStep(NamedTuple):
     truncated: jax.Array  # (N,) bool, and not terminated: out of time, or diverged
     episode_end: jax.Array  # (N,) bool, terminated or truncated
     trial_end: jax.Array  # (N,) bool, the memory is to be reset before the next input
-    final_input: jax.Array  # (N, input_size) float32, agent input made from the observation before any reset
+    final_input: jax.Array  # (N, input_size + privileged_size) float32, made from the observation before any reset
     episode_return: jax.Array  # (N,) float32, sum of raw rewards of this episode so far
     episode_complete: jax.Array  # (N,) bool, this episode was seen from its true start (not a staggered one)
     diverged: jax.Array  # (N,) bool
@@ -239,6 +239,11 @@ def select(mask, new, old):
 def matvec(matrix, x):
     """(N, rows, cols), (N, cols) -> (N, rows), in full float32 and fused with what surrounds it."""
     return (matrix * x[:, None, :]).sum(-1)
+
+
+def symlog(x):
+    """sign(x) log(1 + |x|), elementwise."""
+    return jnp.sign(x) * jnp.log1p(jnp.abs(x))
 
 
 def pad_to(x, shape):
@@ -331,6 +336,8 @@ class Lanes:
       observe_change: also show o' minus the previous o' (0 at episode starts).
       identify: also show what sysid.py finds out about the trial so far (0 at episode starts). Left out where
         nothing is hidden (projection "none" and "identity") and for discrete actions.
+      privileged: append what a critic may see in training and the agent never: which task it is, and its raw
+        observation. Left out where nothing is hidden.
       obs_transform: "symlog", whatever the projection, shows sign(o') log(1 + |o'|), because velocities reach +-100;
         "none" shows o'.
       backend: see make.
@@ -340,6 +347,7 @@ class Lanes:
       tasks, num_lanes, obs_size: as given.
       lane_task: (num_lanes,) numpy int, index of each lane's task.
       input_size: size of what the agent sees.
+      privileged_size: how many further numbers there are behind it, for a critic.
       output_of_input: input_size numbers: which number of o' an input is, or is the change of; -1 for all others.
       discrete: whether actions are.
       action_size: number of actions if discrete.
@@ -352,7 +360,7 @@ class Lanes:
 
     def __init__(self, tasks, num_lanes, projection="gaussian", obs_size=12, action_size=2,
                  episodes_per_trial=1, action_repeat=1, stagger=True, observe_change=False, identify=False,
-                 obs_transform="symlog", backend="fused", env_kwargs=None):
+                 privileged=False, obs_transform="symlog", backend="fused", env_kwargs=None):
         self.tasks, self.num_lanes, self.projection = tuple(tasks), num_lanes, projection
         self.episodes_per_trial, self.action_repeat = episodes_per_trial, action_repeat
         self.observe_change, self.obs_transform = observe_change, obs_transform
@@ -394,7 +402,9 @@ class Lanes:
             if whole and (obs_size < obs_dim or not self.discrete and action_size < act_dim):
                 raise ValueError(f"the {projection} projection needs obs_size >= {obs_dim} and action_size >= "
                                  f"{act_dim} for {task}, got obs_size={obs_size} and action_size={action_size}")
-        self.identify = identify and not self.discrete and projection not in ("identity", "none")
+        hidden = projection not in ("identity", "none")
+        self.identify = identify and not self.discrete and hidden
+        self.privileged_size = len(self.tasks) * (1 + max(self.obs_dims)) if privileged and hidden else 0
         outputs = tuple(range(self.obs_size))
         self.output_of_input = outputs + (-1,) * (self.action_size + 3) + (outputs if observe_change else ())
         if self.identify:  # from all numbers of o', so that to hide one hides these
@@ -453,11 +463,20 @@ class Lanes:
         return obs if obs_matrix is None else matvec(obs_matrix, obs)
 
     def _transform(self, projected):
-        return jnp.sign(projected) * jnp.log1p(jnp.abs(projected)) if self.obs_transform == "symlog" else projected
+        return symlog(projected) if self.obs_transform == "symlog" else projected
 
-    def _input(self, shown, change, action, reward, episode_start, trial_start, found):
+    def _input(self, shown, change, action, reward, episode_start, trial_start, found, obs):
         flags = jnp.stack([reward, episode_start, trial_start], -1).astype(jnp.float32)
-        return jnp.concatenate([shown, action, flags] + ([change] if self.observe_change else []) + found, -1)
+        changes = [change] if self.observe_change else []
+        return jnp.concatenate([shown, action, flags, *changes, *found, *self._privileged(obs)], -1)
+
+    def _privileged(self, obs):
+        """[1, raw observation], compressed, in the place of the lane's task; zeros in those of the others."""
+        if not self.privileged_size:
+            return []
+        told = jnp.concatenate([jnp.ones_like(obs[:, :1]), symlog(obs)], -1)
+        task = np.eye(len(self.tasks), dtype=np.float32)[self.lane_task]
+        return [(task[:, :, None] * told[:, None]).reshape(len(obs), -1)]
 
     def _found(self, identified):
         return [sysid.features(identified)] if self.identify else []
@@ -497,7 +516,7 @@ class Lanes:
         """All lanes at the start of a trial.
 
         Returns:
-          (LanesState, inputs (num_lanes, input_size) float32).
+          (LanesState, inputs (num_lanes, input_size + privileged_size) float32).
         """
         N = self.num_lanes
         key, draw_key, stagger_key = jax.random.split(key, 3)
@@ -510,7 +529,7 @@ class Lanes:
         shown = self.project_observation(first.obs_matrix, first.obs)
         identified = self.start_identification(first.obs_matrix, first.obs)
         inputs = self._input(shown, 0.0 * shown, jnp.zeros((N, self.action_size), jnp.float32),
-                             zeros, ones, ones, self._found(identified))
+                             zeros, ones, ones, self._found(identified), first.obs)
         episode_step = spent % self.limits
         state = LanesState(
             env=first.env, obs_matrix=first.obs_matrix, act_matrix=first.act_matrix, spare=spare,
@@ -524,11 +543,11 @@ class Lanes:
         Args:
           state: LanesState.
           action: (num_lanes, action_size) float, or (num_lanes,) int if discrete.
-          t: int, step index within the rollout; decides when spares are drawn (0: now). Under vmap over seeds it
-            should stay unbatched (scanned over, not part of the state), so that this remains a true branch.
+          t: int, step index within the rollout; decides when spares are drawn and sysid.py fits (0: now). Under vmap
+            over seeds it should stay unbatched (scanned over, not part of the state): then both remain true branches.
 
         Returns:
-          (LanesState, inputs (num_lanes, input_size) float32, LaneStep).
+          (LanesState, inputs (num_lanes, input_size + privileged_size) float32, LaneStep).
         """
         key, step_key, draw_key = jax.random.split(state.key, 3)
         if self.refresh_every == 1:
@@ -566,8 +585,9 @@ class Lanes:
         shown, identified = self._transform(projected), state.identified
         if self.identify:
             identified = select(diverged, identified, sysid.update(identified, last_action, reward, projected))
+            identified = jax.lax.cond(t % sysid.FIT_EVERY == 0, sysid.fit, lambda state: state, identified)
         found = self._found(identified)
-        final_input = self._input(shown, shown - old_shown, last_action, reward, no, no, found)
+        final_input = self._input(shown, shown - old_shown, last_action, reward, no, no, found, obs)
         final_input = jnp.where(diverged[:, None], state.input, final_input)
 
         obs = select(end, spare.obs, obs)
@@ -577,7 +597,7 @@ class Lanes:
         inputs = self._input(shown, jnp.where(end[:, None], 0.0, shown - old_shown),
                              jnp.where(trial_end[:, None], 0.0, last_action),
                              jnp.where(trial_end, 0.0, reward), end, trial_end,
-                             [jnp.where(end[:, None], 0.0, x) for x in found])
+                             [jnp.where(end[:, None], 0.0, x) for x in found], obs)
         if self.identify:
             fresh = self.start_identification(obs_matrix, obs)
             identified = select(trial_end, fresh, identified._replace(o=fresh.o))
@@ -594,3 +614,29 @@ class Lanes:
             episode=jnp.where(trial_end, 0, episode), trial_step=jnp.where(trial_end, 0, state.trial_step + 1),
             episode_complete=state.episode_complete | end, episode_return=jnp.where(end, 0.0, episode_return), key=key)
         return state, inputs, out
+
+    def summary(self, step, bins=10):
+        """What happened in a rollout.
+
+        Args:
+          step: LaneStep of arrays (T, num_lanes).
+          bins: equal parts of a trial.
+
+        Returns:
+          dict of "return" (tasks,), mean of the whole episodes that ended (NaN if none); "reward" (tasks,), mean per
+          step of the environment; "curve" (tasks, bins), the same by time within the trial; "diverged" (), how often.
+        """
+        T, tasks = len(step.reward), len(self.tasks)
+
+        def per_task(x):
+            return x.reshape(T, tasks, -1).sum((0, 2))  # (T, N) -> (tasks,)
+
+        whole = step.episode_end & step.episode_complete
+        curve_bin = jnp.clip(step.trial_step * bins // (self.trial_length or T), 0, bins - 1)
+        index = jnp.asarray(self.lane_task) * bins + curve_bin  # (T, N)
+        reward = step.reward / self.action_repeat
+        totals, counts = (jax.ops.segment_sum(x.ravel(), index.ravel(), tasks * bins).reshape(tasks, bins)
+                          for x in (reward, jnp.ones_like(reward)))
+        return {"return": per_task(jnp.where(whole, step.episode_return, 0.0)) / per_task(whole),
+                "reward": per_task(reward) / (T * self.num_lanes // tasks), "curve": totals / counts,
+                "diverged": step.diverged.sum()}

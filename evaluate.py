@@ -175,7 +175,7 @@ def make_lanes(agent, task, trials, episodes):
     """Lanes of `trials` fresh trials of one task. DMControl: see make_start for their projections."""
     changes = dict(projection="gaussian", obs_size=agent.obs_size, action_size=agent.action_size,
                    identify=agent.identify) if agent.dmc else {}
-    return agent.trainer.make_lanes(agent.config, tasks=(task,), num_lanes=trials, stagger=False,
+    return agent.trainer.make_lanes(agent.config, tasks=(task,), num_lanes=trials, stagger=False, privileged=False,
                                     episodes_per_trial=episodes, **changes)
 
 
@@ -228,7 +228,6 @@ def make_rollout(agent, lanes, record=False):
     network = agent.trainer.ActorCritic(agent.config, lanes.action_size, lanes.discrete, lanes.output_of_input)
     memory = agent.trainer.make_memory(agent.config, jnp.float32)
     steps = horizon(lanes)
-    one_episode = lanes.episodes_per_trial == 1  # then no spare start is ever taken: draw none
 
     def rollout(params, state, inputs, variants, key):
         prepared = network.apply(params, method="prepare")
@@ -250,10 +249,9 @@ def make_rollout(agent, lanes, record=False):
         def step(carry, t):
             state, inputs, memory_state, reset, alive = carry
             memory_state, pi, _ = network.apply(params, prepared, memory_state, inputs, reset,
-                                                variants.outputs[:, None], method="step")
+                                                variants.outputs[:, None], method="act")
             action = act(pi, jax.random.fold_in(key, t))
-            when = 1 if one_episode else t
-            new_state, new_inputs, out = jax.vmap(lanes.step, (0, 0, None))(state, action, when)
+            new_state, new_inputs, out = jax.vmap(lanes.step, (0, 0, None))(state, action, t)
             result = dict(reward=jnp.where(alive, out.reward, 0.0), alive=alive,
                           episode_end=out.episode_end & alive, diverged=out.diverged & alive)
             if record:

@@ -2,6 +2,7 @@
 
     state = sysid.start(o, action_size)                             # o (N, n), the first observation of a trial
     state = sysid.update(state, action, reward, o)                  # action (N, m), reward (N,), o (N, n) after it
+    state = sysid.fit(state)                                        # every few steps: solve for the model
     x = sysid.features(state)                                       # (N, num_features(m)) float32
 
 An agent that meets observations o = M s through an unknown random matrix M can trust no single number of o: M is as
@@ -9,13 +10,16 @@ likely as -M. What it can trust are inner products of observation vectors, which
 (Johnson and Lindenstrauss 1984), and inner products in the metric of an inverse covariance, which every invertible
 projection keeps. So this file fits, by ridge regression over the steps of the trial,
 
-    o_{t+1} - o_t = A o_t + B a_t + c,      r_t = rho . o_t + sigma . a_t + tau
+    o_{t+1} - o_t                       = A o_t + B a_t + c,
+    (o_{t+1} - o_t) - (o_t - o_{t-1})   = ... + G_0 a_t + G_1 a_{t-1},      G = G_0 + G_1,
+    r_t                                 = rho . o_t + sigma_0 . a_t + sigma_1 . a_{t-1} + tau
 
-and gives the inner products of these vectors of observation space, all pairs, in three metrics: the centred
-observation, its last change, the predicted drift A o + c, the way to the reward-weighted mean observation, what each
-action does (the columns of B) and what that leads to (those of A B). They tell what the agent's own actions do to its
-own observations, in numbers that mean the same in every trial. A diagonal recurrence cannot learn this easily: it has
-to multiply actions by changes, average, and multiply the average by observations again.
+and gives the inner products of these vectors of observation space, all pairs, in three metrics: the observation, also
+centred, its last change, the way to the reward-weighted mean observation, the predicted drift A o + c, what each action
+does at once (the columns of B), what that leads to (those of A B), and how each action, held, bends the course (those
+of G, in which velocities cancel). They tell what the agent's own actions do to its own observations, in numbers that
+mean the same in every trial. A diagonal recurrence cannot learn this easily: it has to multiply actions by changes,
+average, and multiply the average by observations again.
 
 All sums are the recurrence of s5.py with matrices for b, x_t = a x_{t-1} + b_t with b_t = key value^T, and are cleared
 with the memory. There is nothing to train. Related: recursive least squares with forgetting; linear attention as
@@ -29,83 +33,112 @@ import jax.numpy as jnp
 
 FORGETTING = 0.998  # a linear model holds near where the trial is: the last five hundred steps count
 RIDGE = 1e-3        # of the mean square, after many steps; more when there are few
+FIT_EVERY = 4       # steps: to solve costs several times what all the rest does, and the model changes slowly
+
+
+class Model(NamedTuple):
+    """What the sums of a trial say, zero before the first fit. Observations and changes are in their units."""
+
+    unit: jax.Array         # (N, 1) root mean square of an observation's numbers
+    change_unit: jax.Array  # (N, 1) of a change's
+    mean: jax.Array         # (N, n) observation
+    drift: jax.Array        # (N, n + 1, n) A^T, and c
+    effects: jax.Array      # (N, 3 m, n) of each action: B^T, (A B)^T, G^T
+    slope: jax.Array        # (N, n + 2 m + 1) of the reward: rho, sigma_0, sigma_1, tau
+    metrics: jax.Array      # (N, 2, n, n) inverse second moments of changes and of observations
 
 
 class State(NamedTuple):
     """Sums over the steps of N running trials; n observation dimensions, m action dimensions."""
 
-    keys: jax.Array     # (N, n + m + 1, n + m + 1) sum of z z^T, z = [o, a, 1]
-    targets: jax.Array  # (N, n + m + 1, n + 1) sum of z [change of o, reward]^T
+    keys: jax.Array     # (N, n + 2 m + 1, n + 2 m + 1) sum of z z^T, z = [o, a, a before it, 1]
+    targets: jax.Array  # (N, n + 2 m + 1, 2 n + 1) sum of z [change of o, its change, reward]^T
     changes: jax.Array  # (N, n, n) sum of changes' outer products
     rewarded: jax.Array  # (N, n) sum of reward * o, never forgotten
-    reward: jax.Array   # (N,) sum of rewards, never forgotten
-    steps: jax.Array    # (N,) sum of ones
+    reward: jax.Array   # (N, 1) sum of rewards, never forgotten
+    steps: jax.Array    # (N, 1) sum of ones
     o: jax.Array        # (N, n) the last observation ...
-    change: jax.Array   # (N, n) ... and its change
+    change: jax.Array   # (N, n) ... its change ...
+    action: jax.Array   # (N, m) ... and the action before it
+    model: Model
 
 
 def start(o: jax.Array, action_size: int) -> State:
     """The state of trials that begin with the observations o (N, n) float32."""
-    N, n = o.shape
-    k = n + action_size + 1
-    return State(jnp.zeros((N, k, k)), jnp.zeros((N, k, n + 1)), jnp.zeros((N, n, n)), jnp.zeros((N, n)), jnp.zeros(N),
-                 jnp.zeros(N), o, jnp.zeros_like(o))
+    (N, n), m = o.shape, action_size
+    k = n + 2 * m + 1
+
+    def zeros(*shape):
+        return jnp.zeros((N, *shape))
+
+    model = Model(zeros(1), zeros(1), zeros(n), zeros(n + 1, n), zeros(3 * m, n), zeros(k), zeros(2, n, n))
+    return State(zeros(k, k), zeros(k, 2 * n + 1), zeros(n, n), zeros(n), zeros(1), zeros(1), o, zeros(n), zeros(m),
+                 model)
 
 
 def update(state: State, action: jax.Array, reward: jax.Array, o: jax.Array) -> State:
     """Take in a transition: action (N, m) float32 in state.o gave reward (N,) and o (N, n)."""
-    change = o - state.o
-    key = jnp.concatenate([state.o, action, jnp.ones_like(reward)[:, None]], -1)
-    target = jnp.concatenate([change, reward[:, None]], -1)
+    change, reward = o - state.o, reward[:, None]
+    bend = jnp.where(state.steps > 0, change - state.change, 0.0)
+    key = jnp.concatenate([state.o, action, state.action, jnp.ones_like(reward)], -1)
+    target = jnp.concatenate([change, bend, reward], -1)
     return State(
         FORGETTING * state.keys + outer(key, key), FORGETTING * state.targets + outer(key, target),
-        FORGETTING * state.changes + outer(change, change), state.rewarded + reward[:, None] * o,
-        state.reward + reward, FORGETTING * state.steps + 1.0, o, change)
+        FORGETTING * state.changes + outer(change, change), state.rewarded + reward * o, state.reward + reward,
+        FORGETTING * state.steps + 1.0, o, change, action, state.model)
+
+
+def fit(state: State) -> State:
+    """The state with the model that its sums give."""
+    n, m, k = state.o.shape[1], state.action.shape[1], state.keys.shape[1]
+    steps = jnp.maximum(state.steps, 1e-3)[..., None]
+    keys, targets, changes = state.keys / steps, state.targets / steps, state.changes / steps
+    # observations and changes in units of their root mean square, so that the ridge and the features have none
+    unit = jnp.sqrt(jnp.trace(keys[:, :n, :n], axis1=1, axis2=2)[:, None] / n + 1e-12)
+    change_unit = jnp.sqrt(jnp.trace(changes, axis1=1, axis2=2)[:, None] / n + 1e-12)
+    key_units = jnp.concatenate([jnp.repeat(unit, n, 1), jnp.ones((len(unit), k - n))], 1)
+    target_units = jnp.concatenate([jnp.repeat(change_unit, 2 * n, 1), jnp.ones_like(unit)], 1)
+    keys, targets = keys / outer(key_units, key_units), targets / outer(key_units, target_units)
+    changes = changes / outer(change_unit, change_unit)
+
+    ridge = RIDGE + 1.0 / steps
+    weights = solve(keys + 0.3 * ridge * jnp.eye(k), targets)  # (N, k, 2 n + 1)
+    A, B, c = weights[:, :n, :n], weights[:, n:n + m, :n], weights[:, -1:, :n]
+    bend = weights[:, n:n + m, n:-1] + weights[:, n + m:n + 2 * m, n:-1]
+    bend = bend * jax.lax.rsqrt((bend**2).sum((1, 2), keepdims=True) + 1e-8)  # small against changes: only directions
+    effects = jnp.concatenate([B, (B * (change_unit / unit)[..., None]) @ A, bend], 1)
+    moments = jnp.stack([changes, keys[:, :n, :n]], 1) + 3 * ridge[:, None] * jnp.eye(n)
+    metrics = solve(moments, jnp.broadcast_to(jnp.eye(n), moments.shape))
+    return state._replace(model=Model(unit, change_unit, keys[:, :n, -1], jnp.concatenate([A, c], 1), effects,
+                                      weights[..., -1], metrics))
 
 
 def num_features(action_size: int) -> int:
     """How many numbers `features` gives."""
-    vectors = 4 + 2 * action_size
-    return 3 * vectors * (vectors + 1) // 2 + vectors + action_size + 1
+    vectors = 5 + 3 * action_size
+    return 3 * vectors * (vectors + 1) // 2 + vectors + 2 * action_size + 1
 
 
 def features(state: State) -> jax.Array:
     """Inner products that mean the same under (nearly) every projection.
 
     Returns:
-      (N, num_features(m)) float32, compressed by arcsinh; zero for a trial without any step. Rotating all
+      (N, num_features(m)) float32, compressed by arcsinh; zero for a trial without any fit. Rotating all
       observations of a trial changes nothing, nor does their unit.
     """
-    n, k = state.o.shape[1], state.keys.shape[1]
-    steps = jnp.maximum(state.steps, 1e-3)[:, None, None]
-    keys, targets, changes = state.keys / steps, state.targets / steps, state.changes / steps
-    # observations and changes in units of their root mean square, so that the ridge and the features have none
-    unit = jnp.sqrt(jnp.trace(keys[:, :n, :n], axis1=1, axis2=2) / n + 1e-12)[:, None]
-    change_unit = jnp.sqrt(jnp.trace(changes, axis1=1, axis2=2) / n + 1e-12)[:, None]
-    key_units = jnp.concatenate([jnp.broadcast_to(unit, state.o.shape), jnp.ones((len(unit), k - n))], -1)
-    target_units = jnp.concatenate([jnp.broadcast_to(change_unit, state.o.shape), jnp.ones_like(unit)], -1)
-    keys, targets = keys / outer(key_units, key_units), targets / outer(key_units, target_units)
-    changes = changes / outer(change_unit, change_unit)
-    ridge = RIDGE + 1.0 / steps
-    weights = solve(keys + 0.3 * ridge * jnp.eye(k), targets)                  # (N, k, n + 1)
-
-    o, mean = state.o / unit, keys[:, :n, -1]
-    goal = jnp.where(state.reward[:, None] > 0, state.rewarded / (state.reward[:, None] + 1e-3) / unit, o)
-    effect = weights[:, n:-1, :n]                                              # (N, m, n): B^T
-    drift = jnp.concatenate([o[:, None], effect * (change_unit / unit)[..., None]], 1) @ weights[:, :n, :n]
-    drift = drift.at[:, 0].add(weights[:, -1, :n])                             # A o + c and (A B)^T
-    vectors = jnp.concatenate(
-        [jnp.stack([o - mean, state.change / change_unit, goal - o], 1), effect, drift], 1)
-
-    def whiten(moments):  # vectors (N, vectors, n) times the inverse of moments (N, n, n)
-        return solve(moments + 3 * ridge * jnp.eye(n), vectors.mT).mT
-
+    n, model = state.o.shape[1], state.model
+    fitted = model.unit > 0
+    unit, change_unit = (jnp.where(fitted, x, 1.0) for x in (model.unit, model.change_unit))
+    o, change = state.o / unit, state.change / change_unit
+    goal = jnp.where(state.reward > 0, state.rewarded / (state.reward + 1e-3) / unit, o)
+    drift = (o[:, :, None] * model.drift[:, :n]).sum(1) + model.drift[:, n]
+    vectors = jnp.concatenate([jnp.stack([o, o - model.mean, change, goal - o, drift], 1), model.effects], 1)
     i, j = jnp.triu_indices(vectors.shape[1])
-    in_three_metrics = [(vectors[:, i] * dual[:, j]).sum(-1)
-                        for dual in (vectors, whiten(changes), whiten(keys[:, :n, :n]))]
-    slope = weights[..., n]                                                    # of the reward: rho, sigma, tau
-    found = jnp.concatenate([*in_three_metrics, (vectors * slope[:, None, :n]).sum(-1), slope[:, n:]], -1)
-    return jnp.where(state.steps[:, None] > 0, jnp.arcsinh(found), 0.0)
+    in_three_metrics = [(vectors[:, i] * dual[:, j]).sum(-1) for dual in
+                        (vectors, vectors @ model.metrics[:, 0], vectors @ model.metrics[:, 1])]
+    found = jnp.concatenate(
+        [*in_three_metrics, (vectors * model.slope[:, None, :n]).sum(-1), model.slope[:, n:]], -1)
+    return jnp.where(fitted, jnp.arcsinh(found), 0.0)
 
 
 def outer(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -114,5 +147,5 @@ def outer(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def solve(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a^{-1} b for symmetric positive definite a (N, k, k) and b (N, k, j)."""
+    """a^{-1} b for symmetric positive definite a (..., k, k) and b (..., k, j)."""
     return jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(a), True), b)

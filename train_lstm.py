@@ -108,6 +108,7 @@ class Config(MemoryConfig):
     episodes_per_trial: int = 1  # the memory is reset after so many episodes
     observe_change: bool = True  # also show the change of the projected observation
     identify: bool = True  # also show what sysid.py finds out: inner products that no random projection hides
+    privileged_critic: bool = True  # the critic, wanted in training only, also sees raw observations (arXiv 1710.06542)
     policy: Literal["categorical", "gaussian"] = "categorical"  # of continuous actions, see envs.continuous_policy
     action_bins: int = 5  # values of a categorical policy in every dimension
     observe: Literal["full", "none"] = "full"  # none: observations never reach the network (the blind control)
@@ -166,7 +167,8 @@ def make_lanes(config: Config, **changes: Any) -> envs.Lanes:
     same_name = "obs_size action_size episodes_per_trial action_repeat observe_change backend"
     return envs.Lanes(**{name: getattr(config, name) for name in same_name.split()} | dict(
         tasks=config.env, num_lanes=config.num_envs, identify=config.identify and config.memory == "full",
-        projection=config.resolved_projection, env_kwargs=envs.parse_kwargs(config.env_kwargs)) | changes)
+        privileged=config.privileged_critic, projection=config.resolved_projection,
+        env_kwargs=envs.parse_kwargs(config.env_kwargs)) | changes)
 
 
 # ---- Network -----------------------------------------------------------------------------------------------
@@ -182,7 +184,7 @@ class RunningNorm(nn.Module):
         self.variable("stats", "count", lambda: jnp.float32(1e-4))
         mean = self.variable("stats", "mean", jnp.zeros, x.shape[-1:]).value
         var = self.variable("stats", "var", jnp.ones, x.shape[-1:]).value
-        mean, var = jax.lax.stop_gradient((mean, var))
+        mean, var = (jax.lax.stop_gradient(s[:x.shape[-1]]) for s in (mean, var))  # to act, less is seen than to learn
         return jnp.clip((x - mean) * jax.lax.rsqrt(var + 1e-6), -5.0, 5.0)
 
 
@@ -204,6 +206,7 @@ class ActorCritic(nn.Module):
         self.input_norm, self.core_norm = RunningNorm(), nn.LayerNorm()
         self.encoder, self.core = nn.Dense(width, dtype=dtype), make_memory(self.config, dtype)
         self.actor, self.critic = nn.Dense(width, dtype=dtype), nn.Dense(width, dtype=dtype)
+        self.privileged_encoder = nn.Sequential([nn.Dense(2 * width), nn.gelu, nn.Dense(width), nn.gelu])
         self.value_head = nn.Dense(1, kernel_init=nn.initializers.orthogonal(1.0))
         per_action = 1 if self.discrete else self.config.action_bins if self.config.policy == "categorical" else 2
         # a small gain: at first all actions are equally likely, whatever the input
@@ -212,29 +215,39 @@ class ActorCritic(nn.Module):
     def encode(self, inputs, outputs=math.inf):
         """outputs: how many numbers of a projected observation are shown; what is hidden is at 0, its mean."""
         shown = jnp.array(self.output_of_input) < jnp.expand_dims(0 if self.config.observe == "none" else outputs, -1)
-        return nn.gelu(apply_flat(self.encoder, jnp.where(shown, self.input_norm(inputs), 0.0)))
+        seen = self.input_norm(inputs)[..., :len(self.output_of_input)]
+        return nn.gelu(apply_flat(self.encoder, jnp.where(shown, seen, 0.0)))
 
-    def heads(self, x):
-        x = self.core_norm(x)
-        logits = apply_flat(lambda x: self.policy_head(nn.gelu(self.actor(x))), x)
-        value = apply_flat(lambda x: self.value_head(nn.gelu(self.critic(x))), x)[..., 0]
+    def policy(self, x):
+        logits = apply_flat(lambda x: self.policy_head(nn.gelu(self.actor(self.core_norm(x)))), x)
         if self.discrete:
-            return distrax.Categorical(logits=logits), value
-        return envs.continuous_policy(self.config.policy, logits, self.num_outputs), value
+            return distrax.Categorical(logits=logits)
+        return envs.continuous_policy(self.config.policy, logits, self.num_outputs)
+
+    def value(self, x, inputs):
+        x, privileged = self.core_norm(x), self.input_norm(inputs)[..., len(self.output_of_input):]
+        if privileged.shape[-1]:
+            x = jnp.concatenate([x, apply_flat(self.privileged_encoder, privileged)], -1)
+        return apply_flat(lambda x: self.value_head(nn.gelu(self.critic(x))), x)[..., 0]
 
     def __call__(self, state, inputs, reset):
-        """Whole sequences: inputs (T, B, input_size), reset (T, B) -> state, policy and value (T, B)."""
+        """Whole sequences: inputs (T, B, input_size + privileged_size), reset (T, B) -> state, policy, value (T, B)."""
         state, x = self.core(state, self.encode(inputs), reset)
-        return state, *self.heads(x)
+        return state, self.policy(x), self.value(x, inputs)
 
     def prepare(self):
         """Everything of an acting step that depends on the parameters alone; once per rollout."""
         return self.core.prepare()
 
-    def step(self, prepared, state, inputs, reset, outputs=math.inf):
-        """One acting step: inputs (B, input_size), reset (B,) -> state, policy and value (B,); outputs: see encode."""
+    def act(self, prepared, state, inputs, reset, outputs=math.inf):
+        """One step: inputs (B, input_size), reset (B,) -> state, policy, memory's output (B,); outputs: see encode."""
         state, x = self.core.step(prepared, state, self.encode(inputs, outputs), reset)
-        return state, *self.heads(x)
+        return state, self.policy(x), x
+
+    def step(self, prepared, state, inputs, reset):
+        """One step of a rollout: inputs with what the critic sees, reset (B,) -> state, policy and value (B,)."""
+        state, pi, x = self.act(prepared, state, inputs, reset)
+        return state, pi, self.value(x, inputs)
 
 
 # ---- Rollouts: T steps of N lanes, time-major (T, N, ...) --------------------------------------------------
@@ -244,7 +257,7 @@ class RunnerState(NamedTuple):
     params: Any  # {"params", "stats"}: the network's variables
     opt_state: Any
     env_state: Any
-    inputs: jax.Array  # (N, input_size) what the agent sees next
+    inputs: jax.Array  # (N, input_size + privileged_size) what the agent and its critic see next
     memory: Any  # memory state before that
     reset: jax.Array  # (N,) whether the memory is to be reset before that
     returns: jax.Array  # (N,) running discounted return, for the reward scale
@@ -439,25 +452,10 @@ def make_train(config: Config) -> Train:
         lane_index = jnp.concatenate([shuffle_lanes(k) for k in epoch_keys])  # (epochs x minibatches, lanes)
         (params, opt_state), losses = jax.lax.scan(update_minibatch, (runner.params, runner.opt_state), lane_index)
         # inputs are normalised anew between iterations only, so that the update replays what was lived
-        stats = merge_stats(params["stats"]["input_norm"], rollout.inputs.reshape(T * N, -1))  # (T N, input_size)
+        stats = merge_stats(params["stats"]["input_norm"], rollout.inputs.reshape(T * N, -1))  # (T N, inputs)
         params = params | {"stats": {"input_norm": stats}}
         runner = runner._replace(params=params, opt_state=opt_state, key=key, num_updates=runner.num_updates + 1)
-        return runner, jax.tree.map(jnp.mean, losses) | episode_metrics(rollout.step)
-
-    def episode_metrics(step):
-        """Per-task returns of finished episodes (NaN if none) and mean reward by time within the trial."""
-        def per_task(x):
-            return x.reshape(T, tasks, -1).sum((0, 2))  # (T, N) -> (tasks,)
-
-        bins, whole = 10, step.episode_end & step.episode_complete
-        curve_bin = jnp.clip(step.trial_step * bins // (lanes.trial_length or T), 0, bins - 1)
-        index = jnp.asarray(lanes.lane_task) * bins + curve_bin  # (T, N)
-        totals, counts = (
-            jax.ops.segment_sum(x.ravel(), index.ravel(), tasks * bins).reshape(tasks, bins)
-            for x in (step.reward / config.action_repeat, jnp.ones_like(step.reward)))
-        return {"return": per_task(jnp.where(whole, step.episode_return, 0.0)) / per_task(whole),
-                "reward": per_task(step.reward) / (config.steps_per_update // tasks),
-                "curve": totals / counts, "diverged": step.diverged.sum()}
+        return runner, jax.tree.map(jnp.mean, losses) | lanes.summary(rollout.step)
 
     return Train(init, update, collect, lanes, network, config.num_updates)
 

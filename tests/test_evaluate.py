@@ -108,7 +108,7 @@ def test_two_calls_give_the_same_table_and_files(run, capsys):
 @pytest.mark.parametrize("policy,reset_every_step,observe", [
     ("memory, mode", False, "full"), ("reset, mode", True, "full"), ("blind, mode", False, "none")])
 def test_memory_reset_and_blind_equal_a_hand_rolled_loop(starts, result, policy, reset_every_step, observe):
-    """The network applied to one-step sequences, in a loop over a single set of lanes; blind, as it trains blind."""
+    """A loop over a single set of lanes, in which the memory sees sequences of one step; blind, as it trains blind."""
     agent, lanes, starts = starts
     state, inputs = starts["gaussian"]
     config = dataclasses.replace(agent.config, observe=observe)
@@ -116,15 +116,19 @@ def test_memory_reset_and_blind_equal_a_hand_rolled_loop(starts, result, policy,
     memory = train_s5.make_memory(agent.config, jnp.float32).zero_state((3,))
     params = jax.tree.map(lambda x: x[1], agent.params)  # second seed
 
+    def whole_sequence(network, memory, inputs, reset):
+        memory, x = network.core(memory, network.encode(inputs), reset)
+        return memory, network.policy(x)
+
     @jax.jit
-    def step(state, inputs, memory, reset):
-        memory, pi, _ = network.apply(params, memory, inputs[None], reset[None])
-        state, inputs, out = lanes.step(state, pi.mode()[0], 1)
+    def step(state, inputs, memory, reset, t):
+        memory, pi = network.apply(params, memory, inputs[None], reset[None], method=whole_sequence)
+        state, inputs, out = lanes.step(state, pi.mode()[0], t)
         return state, inputs, memory, out
 
     rewards = []
     for t in range(150):  # three bins: then rounding errors have grown, because the pole is chaotic
-        state, inputs, memory, out = step(state, inputs, memory, jnp.full(3, reset_every_step or t == 0))
+        state, inputs, memory, out = step(state, inputs, memory, jnp.full(3, reset_every_step or t == 0), t)
         rewards.append(out.reward)
     assert_starts_as(result, policy, 1, 1, np.array(rewards))
 

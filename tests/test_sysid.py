@@ -29,7 +29,7 @@ def live(seed=0, dims=5, steps=STEPS):
 def follow(o, actions, rewards):
     """(STEPS, N, features) after each transition, and the last state."""
     def step(state, x):
-        state = sysid.update(state, *x)
+        state = sysid.fit(sysid.update(state, *x))
         return state, sysid.features(state)
     o, actions, rewards = (jnp.asarray(x, jnp.float32) for x in (o, actions, rewards))
     return jax.lax.scan(step, sysid.start(o[0], ACTIONS), (actions, rewards, o[1:]))
@@ -39,14 +39,16 @@ def test_sums_are_those_of_the_definition():
     o, actions, rewards, _ = live()
     state, _ = follow(o, actions, rewards)
     weight = sysid.FORGETTING ** np.arange(STEPS)[::-1]
-    keys = np.concatenate([o[:-1], actions, np.ones((STEPS, N, 1))], -1)
+    before = np.concatenate([np.zeros((1, N, ACTIONS)), actions[:-1]])
+    keys = np.concatenate([o[:-1], actions, before, np.ones((STEPS, N, 1))], -1)
     change = np.diff(o, axis=0)
-    targets = np.concatenate([change, rewards[..., None]], -1)
+    bend = np.diff(change, axis=0, prepend=change[:1])
+    targets = np.concatenate([change, bend, rewards[..., None]], -1)
     np.testing.assert_allclose(state.keys, np.einsum("t,tni,tnj->nij", weight, keys, keys), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(state.targets, np.einsum("t,tni,tnj->nij", weight, keys, targets), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(state.changes, np.einsum("t,tni,tnj->nij", weight, change, change), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(state.rewarded, np.einsum("tn,tni->ni", rewards, o[1:]), rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(state.steps, weight.sum(), rtol=1e-5)
+    np.testing.assert_allclose(state.steps[:, 0], weight.sum(), rtol=1e-5)
 
 
 def test_features_do_not_change_with_the_frame_or_the_unit_of_observations():
@@ -66,9 +68,9 @@ def test_the_effects_of_actions_are_found():
     change = np.diff(o, axis=0)
     weight = sysid.FORGETTING ** np.arange(400)[::-1]
     unit = np.einsum("t,tni->n", weight, change ** 2) / weight.sum() / DIM
-    i, j = np.triu_indices(4 + 2 * ACTIONS)
+    i, j = np.triu_indices(5 + 3 * ACTIONS)
     for a, b in ((0, 0), (0, 1), (1, 1)):
-        column = np.flatnonzero((i == 3 + a) & (j == 3 + b))[0]
+        column = np.flatnonzero((i == 5 + a) & (j == 5 + b))[0]
         expected = np.einsum("ni,ni->n", effect[..., a], effect[..., b]) / unit
         np.testing.assert_allclose(found[:, column], expected, rtol=0.1, atol=0.2)
 
@@ -102,8 +104,7 @@ def test_lanes_show_what_is_found_and_forget_it_with_the_trial(lanes):
         state, inputs, out = step(state, action, t)
         assert out.final_input[:, -count:].any(-1).all()  # a value is bootstrapped from what is known
         assert (inputs[:, -count:].any(-1) == ~out.episode_end).all()  # 0 at episode starts
-        steps = state.identified.steps
-        np.testing.assert_allclose(steps, 0.0 if t == 11 else expected.steps)
+        np.testing.assert_allclose(state.identified.steps, 0.0 if t == 11 else expected.steps)
         np.testing.assert_allclose(  # the observation that the next change is counted from is the one shown
             jnp.sign(state.identified.o) * jnp.log1p(jnp.abs(state.identified.o)), inputs[:, :12], rtol=1e-5, atol=1e-6)
 
@@ -114,7 +115,7 @@ def test_a_diverging_lane_leaves_no_trace(lanes):
     for t in range(4):
         action = jnp.full((4, 2), jnp.nan) if t == 1 else jnp.ones((4, 2))
         state, inputs, _ = step(state, action, t)
-        assert np.isfinite(inputs).all() and all(np.isfinite(x).all() for x in state.identified)
+        assert np.isfinite(inputs).all() and all(np.isfinite(x).all() for x in jax.tree.leaves(state.identified))
     np.testing.assert_allclose(state.identified.steps, 1 + sysid.FORGETTING + sysid.FORGETTING**2, rtol=1e-6)
 
 

@@ -132,6 +132,23 @@ def test_step_equals_sequence(trainer, changes):
         np.testing.assert_allclose(step_pi.choice.distribution.logits, pi.choice.distribution.logits[t], atol=1e-5)
 
 
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_the_policy_never_sees_what_the_critic_sees(trainer):
+    network = trainer.ActorCritic(small(trainer, layers=1), 2, False, (0, -1, -1, -1, 0))
+    x = jax.random.normal(jax.random.PRNGKey(0), (6, 3, 9))  # 5 inputs, 4 for the critic alone
+    reset, memory = jnp.zeros((6, 3), bool), trainer.make_memory(network.config, jnp.float32).zero_state((3,))
+    params = network.init(jax.random.PRNGKey(1), memory, x, reset)
+    other = x.at[..., 5:].add(1.0)
+    (state, pi, value), (other_state, other_pi, other_value) = (
+        network.apply(params, memory, inputs, reset) for inputs in (x, other))
+    jax.tree.map(np.testing.assert_array_equal, (state, pi.choice.distribution.logits),
+                 (other_state, other_pi.choice.distribution.logits))
+    assert (value != other_value).all()
+    prepared = network.apply(params, method="prepare")
+    _, without, _ = network.apply(params, prepared, memory, x[0, :, :5], reset[0], method="act")
+    np.testing.assert_allclose(without.choice.distribution.logits, pi.choice.distribution.logits[0], atol=1e-5)
+
+
 def attention_memory(layers=1, window=5, T=23, B=3):
     """A small transformer memory, its parameters and zero state, inputs (T, B, 16)."""
     config = small(train_transformer, width=16, layers=layers, window=window, hidden_size=16)
