@@ -201,9 +201,10 @@ def test_projection_matrices(projection):
 
 
 def test_lane_is_the_projected_environment():
-    """A lane's input and motion are those of the bare environment behind its two matrices."""
-    lanes = envs.Lanes(["point_mass-hard", "pendulum-swingup"], 6, observe_change=True)
-    assert lanes.input_size == 12 + 2 + 3 + 12 and lanes.action_size == 2 and not lanes.discrete
+    """A lane's input and motion are those of the bare environment behind its two matrices; a critic is told that."""
+    lanes = envs.Lanes(["point_mass-hard", "pendulum-swingup"], 6, observe_change=True, privileged=True)
+    assert lanes.input_size == 12 + 2 + 3 + 12 and lanes.privileged_size == 2 * (1 + 4)
+    assert lanes.action_size == 2 and not lanes.discrete
     np.testing.assert_array_equal(lanes.lane_task, [0, 0, 0, 1, 1, 1])
     state, inputs = quick(lanes.reset)(KEY)
     assert inputs.dtype == jnp.float32
@@ -223,7 +224,11 @@ def test_lane_is_the_projected_environment():
         obs, _, reward, _, _ = env_step(KEY, state.env[i], control, params)
         after_shown = symlog(np.einsum("nij,nj->ni", obs_matrix, obs))
         np.testing.assert_allclose(after[rows, :12], after_shown, atol=1e-5)
-        np.testing.assert_allclose(after[rows, 17:], after_shown - shown, atol=1e-5)
+        np.testing.assert_allclose(after[rows, 17:29], after_shown - shown, atol=1e-5)
+        for told, truth in ((inputs, raw), (after, obs), (out.final_input, obs)):
+            expected = np.zeros((3, 2, 5))
+            expected[:, i, 0], expected[:, i, 1:1 + obs_dim] = 1, symlog(truth)
+            np.testing.assert_allclose(told[rows, 29:], expected.reshape(3, 10), atol=1e-5)
         np.testing.assert_allclose(after[rows, 12:14], action[rows], rtol=1e-6)
         np.testing.assert_allclose(after[rows, 14], reward, rtol=1e-5)
         np.testing.assert_array_equal(after[rows, 15:17], 0)
