@@ -109,6 +109,16 @@ def first_free(qpos, min_distance):
     return qpos[jnp.argmax(jax.vmap(min_distance)(qpos) >= 0)]
 
 
+def motors(**gears):
+    """MJCF of the motors of joints of these names."""
+    return "<actuator>" + "".join(f'<motor name="{joint}" joint="{joint}" gear="{gear}"/>'
+                                  for joint, gear in gears.items()) + "</actuator>"
+
+
+ROOT = ('<joint name="rootx" class="root" type="slide" axis="1 0 0"/>'  # of bodies that move freely in the plane
+        '<joint name="rootz" class="root" type="slide" axis="0 0 1"/><joint name="rooty" class="root"/>')
+
+
 def positions(s):
     """The observation of tasks that show positions and velocities as they are."""
     return [s.qpos, s.qvel]
@@ -254,7 +264,17 @@ def cartpole_sparse_reward(s, ctrl, env):
 
 
 # ---- cheetah (dm_control suite/cheetah.py) -----------------------------------------------------------------
-CHEETAH = """<mujoco>
+def cheetah_leg(*links):
+    """MJCF of a leg from its links, hip first: name, place, range, stiffness and damping of the joint, then the
+    capsule's half length, centre and angle."""
+    name, pos, limits, stiffness, damping, half_length, centre, angle = links[0]
+    return (f'<body name="{name}" pos="{pos}">'
+            f'<joint name="{name}" range="{limits}" stiffness="{stiffness}" damping="{damping}"/>'
+            f'<geom name="{name}" size=".046 {half_length}" pos="{centre}" euler="0 {angle} 0"/>'
+            f'{cheetah_leg(*links[1:]) if links[1:] else ""}</body>')
+
+
+CHEETAH = f"""<mujoco>
   <option timestep=".01"/>
   <default>
     <joint axis="0 1 0" armature=".1"/>
@@ -265,40 +285,18 @@ CHEETAH = """<mujoco>
   <worldbody>
     <geom name="ground" type="plane" pos="98 0 0" size="100 .8 .5" friction="1 .005 .0001"/>
     <body name="torso" pos="0 0 .7">
-      <joint name="rootx" class="root" type="slide" axis="1 0 0"/>
-      <joint name="rootz" class="root" type="slide" axis="0 0 1"/>
-      <joint name="rooty" class="root"/>
+      {ROOT}
       <geom name="torso" size=".046" fromto="-.5 0 0  .5 0 0"/>
       <geom name="head" size=".046 .15" pos=".6 0 .1" euler="0 50 0"/>
-      <body name="bthigh" pos="-.5 0 0">
-        <joint name="bthigh" range="-30 60" stiffness="240" damping="6"/>
-        <geom name="bthigh" size=".046 .145" pos=".1 0 -.13" euler="0 -218 0"/>
-        <body name="bshin" pos=".16 0 -.25">
-          <joint name="bshin" range="-50 50" stiffness="180" damping="4.5"/>
-          <geom name="bshin" size=".046 .15" pos="-.14 0 -.07" euler="0 -116 0"/>
-          <body name="bfoot" pos="-.28 0 -.14">
-            <joint name="bfoot" range="-230 50" stiffness="120" damping="3"/>
-            <geom name="bfoot" size=".046 .094" pos=".03 0 -.097" euler="0 -15 0"/>
-          </body></body></body>
-      <body name="fthigh" pos=".5 0 0">
-        <joint name="fthigh" range="-57 .4" stiffness="180" damping="4.5"/>
-        <geom name="fthigh" size=".046 .133" pos="-.07 0 -.12" euler="0 30 0"/>
-        <body name="fshin" pos="-.14 0 -.24">
-          <joint name="fshin" range="-70 50" stiffness="120" damping="3"/>
-          <geom name="fshin" size=".046 .106" pos=".065 0 -.09" euler="0 -34 0"/>
-          <body name="ffoot" pos=".13 0 -.18">
-            <joint name="ffoot" range="-28 28" stiffness="60" damping="1.5"/>
-            <geom name="ffoot" size=".046 .07" pos=".045 0 -.07" euler="0 -34 0"/>
-          </body></body></body></body>
+      {cheetah_leg(("bthigh", "-.5 0 0", "-30 60", 240, 6, .145, ".1 0 -.13", -218),
+                   ("bshin", ".16 0 -.25", "-50 50", 180, 4.5, .15, "-.14 0 -.07", -116),
+                   ("bfoot", "-.28 0 -.14", "-230 50", 120, 3, .094, ".03 0 -.097", -15))}
+      {cheetah_leg(("fthigh", ".5 0 0", "-57 .4", 180, 4.5, .133, "-.07 0 -.12", 30),
+                   ("fshin", "-.14 0 -.24", "-70 50", 120, 3, .106, ".065 0 -.09", -34),
+                   ("ffoot", ".13 0 -.18", "-28 28", 60, 1.5, .07, ".045 0 -.07", -34))}
+    </body>
   </worldbody>
-  <actuator>
-    <motor name="bthigh" joint="bthigh" gear="120"/>
-    <motor name="bshin" joint="bshin" gear="90"/>
-    <motor name="bfoot" joint="bfoot" gear="60"/>
-    <motor name="fthigh" joint="fthigh" gear="90"/>
-    <motor name="fshin" joint="fshin" gear="60"/>
-    <motor name="ffoot" joint="ffoot" gear="30"/>
-  </actuator>
+  {motors(bthigh=120, bshin=90, bfoot=60, fthigh=90, fshin=60, ffoot=30)}
 </mujoco>"""  # 14 kg in all
 
 
@@ -391,7 +389,7 @@ def turn_reward(s, ctrl, env, radius):
 
 
 # ---- hopper (dm_control suite/hopper.py) -------------------------------------------------------------------
-HOPPER = """<mujoco>
+HOPPER = f"""<mujoco>
   <option timestep=".005"/>
   <default>
     <joint axis="0 1 0" damping=".05" armature=".2"/>
@@ -403,33 +401,22 @@ HOPPER = """<mujoco>
   <worldbody>
     <geom name="floor" type="plane" pos="48 0 0" size="50 1 .2"/>
     <body name="torso" pos="0 0 1">
-      <joint name="rootx" class="root" type="slide" axis="1 0 0"/>
-      <joint name="rootz" class="root" type="slide" axis="0 0 1"/>
-      <joint name="rooty" class="root"/>
+      {ROOT}
       <geom name="torso" size=".0653" fromto="0 0 -.05  0 0 .2"/>
       <geom name="nose" size=".03" fromto=".08 0 .13  .15 0 .14"/>
-      <body name="pelvis" pos="0 0 -.05">
-        <joint name="waist" range="-30 30"/>
+      <body name="pelvis" pos="0 0 -.05"><joint name="waist" range="-30 30"/>
         <geom name="pelvis" size=".065" fromto="0 0 0  0 0 -.15"/>
-        <body name="thigh" pos="0 0 -.2">
-          <joint name="hip" range="-170 10"/>
+        <body name="thigh" pos="0 0 -.2"><joint name="hip" range="-170 10"/>
           <geom name="thigh" size=".04" fromto="0 0 0  0 0 -.33"/>
-          <body name="calf" pos="0 0 -.33">
-            <joint name="knee" range="5 150"/>
+          <body name="calf" pos="0 0 -.33"><joint name="knee" range="5 150"/>
             <geom name="calf" size=".03" fromto="0 0 0  0 0 -.32"/>
-            <body name="foot" pos="0 0 -.32">
-              <joint name="ankle" range="-45 45"/>
+            <body name="foot" pos="0 0 -.32"><joint name="ankle" range="-45 45"/>
               <geom name="foot" size=".04" fromto="-.08 0 0  .17 0 0"/>
               <site name="touch_toe" pos=".17 0 0"/>
               <site name="touch_heel" pos="-.08 0 0"/>
             </body></body></body></body></body>
   </worldbody>
-  <actuator>
-    <motor name="waist" joint="waist" gear="30"/>
-    <motor name="hip" joint="hip" gear="40"/>
-    <motor name="knee" joint="knee" gear="30"/>
-    <motor name="ankle" joint="ankle" gear="10"/>
-  </actuator>
+  {motors(waist=30, hip=40, knee=30, ankle=10)}
   <sensor><touch name="touch_toe" site="touch_toe"/><touch name="touch_heel" site="touch_heel"/></sensor>
 </mujoco>"""
 
@@ -593,14 +580,7 @@ WALKER = f"""<mujoco>
       {LEG.replace("SIDE", "left").replace("OFFSET", ".05")}
     </body>
   </worldbody>
-  <actuator>
-    <motor name="right_hip" joint="right_hip" gear="100"/>
-    <motor name="right_knee" joint="right_knee" gear="50"/>
-    <motor name="right_ankle" joint="right_ankle" gear="20"/>
-    <motor name="left_hip" joint="left_hip" gear="100"/>
-    <motor name="left_knee" joint="left_knee" gear="50"/>
-    <motor name="left_ankle" joint="left_ankle" gear="20"/>
-  </actuator>
+  {motors(right_hip=100, right_knee=50, right_ankle=20, left_hip=100, left_knee=50, left_ankle=20)}
 </mujoco>"""
 
 
