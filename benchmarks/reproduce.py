@@ -38,7 +38,7 @@ import memory_chain
 PAPER = RESULTS / "paper"
 RUNS = ROOT / "runs" / "paper"
 COLOURS = {"S5": "C0", "S5, never reset": "C4", "LSTM": "C1", "GRU": "C1", "self-attention": "C2", "none": "C7",
-           "blind": "C3"}
+           "blind": "C3", "S5, plain": "C9", "LSTM, plain": "C8"}
 
 # The paper: Adam 5e-5, 30 epochs, width 256, 4 layers. At the 4,170 steps/s that results/train_reference.csv has for
 # 4 epochs of that on two cores, 30 would take seven hours for 15 million steps. Here: width 64, the others with as many
@@ -104,7 +104,8 @@ def runs_of(figure):
     if figure == "metacart":
         # The paper's released code projects by orthogonal 4 x 2 matrices and starts every episode of a trial in the
         # same state. Here the start is fresh in every episode and the two actions may be swapped: a harder task.
-        flags = ["--projection", "orthogonal", "--obs-size", "4", "--episodes-per-trial", str(EPISODES)]
+        flags = ["--projection", "orthogonal", "--obs-size", "4", "--episodes-per-trial", str(EPISODES),
+                 "--no-privileged-critic"]
         return trainer_runs(figure, 50_000_000, dict.fromkeys(TRAINERS, flags), ("StatelessCartPoleEasy",))
     return []
 
@@ -330,6 +331,7 @@ def read_six(folder):
     if set(tasks) != set(envs.TRAIN_TASKS):
         raise ValueError(f"{folder} is a run on {', '.join(tasks)}, not on the six training tasks")
     memory = {"train_s5": "S5", "train_lstm": "LSTM", "train_transformer": "self-attention"}[type(config).__module__]
+    memory += "" if config.identify else ", plain"
     memory = "blind" if config.observe == "none" else "none" if config.memory == "none" else memory
     seeds = {}
     for r in experiment.read_metrics(folder):
