@@ -251,18 +251,22 @@ def pad_to(x, shape):
     return jnp.pad(x, [(0, 0)] + [(0, want - have) for want, have in zip(shape, x.shape[1:])])
 
 
+@struct.dataclass
 class BinnedActions:
     """A policy over continuous actions: in every dimension one of `bins` values, equally spaced in [-1.5, 1.5].
 
     The bound is beyond 1, the limit of every actuator, because most projections make actions smaller.
-
-    Args:
-      logits: (..., action_size, bins) float32.
     """
 
-    def __init__(self, logits):
-        self.choice = distrax.Independent(distrax.Categorical(logits=logits), 1)
-        self.values = jnp.linspace(-1.5, 1.5, logits.shape[-1])
+    logits: jax.Array  # (..., action_size, bins) float32
+
+    @property
+    def choice(self):
+        return distrax.Independent(distrax.Categorical(logits=self.logits), 1)
+
+    @property
+    def values(self):
+        return jnp.linspace(-1.5, 1.5, self.logits.shape[-1])
 
     def sample_and_log_prob(self, seed):
         """Actions (..., action_size) float32 and their log probabilities (...)."""
@@ -297,7 +301,7 @@ def continuous_policy(kind, outputs, action_size):
     if kind == "categorical":
         return BinnedActions(outputs)
     mean, spread = outputs[..., 0], outputs[..., 1]
-    return distrax.MultivariateNormalDiag(mean, jnp.exp(1.5 * jax.nn.sigmoid(spread) - 1.2))
+    return distrax.Independent(distrax.Normal(mean, jnp.exp(1.5 * jax.nn.sigmoid(spread) - 1.2)), 1)
 
 
 class Lanes:
@@ -421,6 +425,10 @@ class Lanes:
         self.refresh_every = max(1, min(500, self.max_episode_steps // 2)) if only_dmc else 1
 
     # -- observations and starts
+    def keys(self, key):
+        """A key for every lane, from its number and `key`: (num_lanes, 2) uint32."""
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(self.num_lanes))
+
     def _blocks(self, x):
         """x (N, ...) cut into the tasks' blocks."""
         return jnp.split(x, len(self.tasks))
@@ -433,7 +441,7 @@ class Lanes:
     def _matrices(self, key, rows, cols):
         """A matrix for every lane, of its task's sizes and zero-padded: (N, largest rows, largest cols)."""
         largest = max(rows), max(cols)
-        normal = jax.random.normal(key, (self.num_lanes, *largest), jnp.float32)
+        normal = jax.vmap(lambda k: jax.random.normal(k, largest, jnp.float32))(self.keys(key))
         return jnp.concatenate([pad_to(shape_matrix(block[:, :r, :c], self.projection), largest)
                                 for block, r, c in zip(self._blocks(normal), rows, cols)])
 
@@ -441,7 +449,7 @@ class Lanes:
         """A fresh Start for every lane."""
         reset_key, obs_key, act_key = jax.random.split(key, 3)
         blocks = []
-        for i, keys in enumerate(self._blocks(jax.random.split(reset_key, self.num_lanes))):
+        for i, keys in enumerate(self._blocks(self.keys(reset_key))):
             obs, state = jax.vmap(self.envs[i].reset_env, (0, None))(keys, self.params[i])
             state = jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), state)  # no weak types
             blocks.append((state, self._flat_obs(i, obs)))
@@ -452,7 +460,7 @@ class Lanes:
             if not self.discrete:
                 act_matrix = self._matrices(act_key, self.act_dims, [self.action_size] * len(self.tasks))
             elif self.projection != "identity":
-                act_matrix = jnp.argsort(jax.random.uniform(act_key, (self.num_lanes, self.action_size)), -1)
+                act_matrix = jax.vmap(lambda k: jax.random.permutation(k, self.action_size))(self.keys(act_key))
         return Start(states, jnp.concatenate(obs), obs_matrix, act_matrix)
 
     def project_observation(self, obs_matrix, obs):
@@ -524,7 +532,8 @@ class Lanes:
         first, spare = (jax.tree.map(lambda x: x[k], both) for k in range(2))
         spent = jnp.zeros(N, jnp.int32)
         if self.stagger:
-            spent = jax.random.randint(stagger_key, (N,), 0, self.limits * self.episodes_per_trial)
+            spent = jax.vmap(lambda k, limit: jax.random.randint(k, (), 0, limit))(
+                self.keys(stagger_key), self.limits * self.episodes_per_trial)
         zeros, ones = jnp.zeros(N, jnp.float32), jnp.ones(N, jnp.float32)
         shown = self.project_observation(first.obs_matrix, first.obs)
         identified = self.start_identification(first.obs_matrix, first.obs)
@@ -557,7 +566,7 @@ class Lanes:
 
         control = self._control(state.act_matrix, action)
         stepped, outs = [], []
-        step_keys = self._blocks(jax.random.split(step_key, self.num_lanes))
+        step_keys = self._blocks(self.keys(step_key))
         for i, (env, block) in enumerate(zip(self.envs, self._blocks(control))):
             if not self.discrete:
                 block = block[:, :self.act_dims[i]].reshape(-1, *self.act_shapes[i])

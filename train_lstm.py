@@ -370,10 +370,14 @@ def make_train(config: Config) -> Train:
         def policy(memory, inputs, reset):
             return network.apply(runner.params, prepared, memory, inputs, reset, method="step")
 
+        def sample(pi, t):  # as in the environments, every lane has its own key
+            keys = lanes.keys(jax.random.fold_in(action_key, t))
+            return jax.vmap(lambda pi, key: pi.sample_and_log_prob(seed=key))(pi, keys)
+
         def env_step(carry, t):
             env_state, inputs, memory, reset, slots = carry
             memory, pi, value = policy(memory, inputs, reset)
-            action, log_prob = pi.sample_and_log_prob(seed=jax.random.fold_in(action_key, t))
+            action, log_prob = sample(pi, t)
             env_state, next_inputs, out = lanes.step(env_state, action, t)
             entry = (memory, out.final_input, jnp.full(N, t))
             slots = keep_final_input(slots, out.trial_end & out.truncated & ~out.diverged, entry)
@@ -417,11 +421,10 @@ def make_train(config: Config) -> Train:
             "kl": (ratio - 1.0 - log_ratio).mean(), "clip_fraction": (jnp.abs(ratio - 1.0) > hyper["clip_eps"]).mean()}
 
     def shuffle_lanes(key):
-        """(num_minibatches, N / num_minibatches) lane numbers; every minibatch holds as many lanes of each task."""
-        order = jax.vmap(lambda k: jax.random.permutation(k, N // tasks))(jax.random.split(key, tasks))
-        order = order + jnp.arange(tasks)[:, None] * (N // tasks)  # (tasks, N / tasks)
-        order = order.reshape(tasks, config.num_minibatches, -1).swapaxes(0, 1)  # (minibatches, tasks, lanes of each)
-        return order.reshape(config.num_minibatches, -1)
+        """(M, N / M) lane numbers of M minibatches: of every M neighbours, lanes of one task, each gets one."""
+        M = config.num_minibatches
+        order = jax.vmap(lambda k: jax.random.permutation(k, M))(lanes.keys(key)[::M])  # (N / M, M)
+        return (jnp.arange(0, N, M)[:, None] + order).T
 
     def update(runner):
         memory = runner.memory  # that of the rollout's start
