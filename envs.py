@@ -346,9 +346,12 @@ class Lanes:
         "none" shows o'.
       backend: see make.
       env_kwargs: dict of further arguments of make.
+      shards: devices that share the lanes, each an equal part of every task's. If several, `reset` and `step` are
+        called in jax.shard_map over an axis "data" of so many devices, and see those of their device.
 
     Attributes:
-      tasks, num_lanes, obs_size: as given.
+      tasks, obs_size, shards: as given.
+      num_lanes: N, those of one device.
       lane_task: (num_lanes,) numpy int, index of each lane's task.
       input_size: size of what the agent sees.
       privileged_size: how many further numbers there are behind it, for a critic.
@@ -364,12 +367,14 @@ class Lanes:
 
     def __init__(self, tasks, num_lanes, projection="gaussian", obs_size=12, action_size=2,
                  episodes_per_trial=1, action_repeat=1, stagger=True, observe_change=False, identify=False,
-                 privileged=False, obs_transform="symlog", backend="fused", env_kwargs=None):
-        self.tasks, self.num_lanes, self.projection = tuple(tasks), num_lanes, projection
+                 privileged=False, obs_transform="symlog", backend="fused", env_kwargs=None, shards=1):
+        self.tasks, self.projection, self.shards = tuple(tasks), projection, shards
         self.episodes_per_trial, self.action_repeat = episodes_per_trial, action_repeat
         self.observe_change, self.obs_transform = observe_change, obs_transform
-        if not self.tasks or num_lanes < 1 or num_lanes % len(self.tasks):
-            raise ValueError(f"cannot split num_lanes={num_lanes} equally among {len(self.tasks)} tasks")
+        if not self.tasks or num_lanes < 1 or num_lanes % (len(self.tasks) * shards):
+            raise ValueError(f"cannot split num_lanes={num_lanes} equally among {len(self.tasks)} tasks"
+                             + (f" on each of {shards} devices" if shards > 1 else ""))
+        self.num_lanes = num_lanes = num_lanes // shards
         if projection not in PROJECTIONS:
             raise ValueError(f"projection must be one of {', '.join(PROJECTIONS)}, got {projection!r}")
         if obs_transform not in ("none", "symlog"):
@@ -424,11 +429,23 @@ class Lanes:
         only_dmc = all(isinstance(env, dmc.DMC) for env in self.envs)
         self.refresh_every = max(1, min(500, self.max_episode_steps // 2)) if only_dmc else 1
 
-    # -- observations and starts
+    # -- devices that share the lanes
     def keys(self, key):
-        """A key for every lane, from its number and `key`: (num_lanes, 2) uint32."""
-        return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(self.num_lanes))
+        """A key for every lane: (num_lanes, ...). It depends on the lane's number among those of all devices only."""
+        number = jnp.arange(self.shards * self.num_lanes).reshape(len(self.tasks), self.shards, -1)
+        number = number[:, jax.lax.axis_index("data") if self.shards > 1 else 0].ravel()
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, number)
 
+    def pmean(self, x):
+        """x averaged over the devices that share the lanes."""
+        return jax.lax.pmean(x, "data") if self.shards > 1 else x
+
+    def moments(self, x, axes):
+        """Mean and variance of x over `axes` and these devices."""
+        mean = self.pmean(x.mean(axes))
+        return mean, self.pmean(x.var(axes) + (x.mean(axes) - mean) ** 2)
+
+    # -- observations and starts
     def _blocks(self, x):
         """x (N, ...) cut into the tasks' blocks."""
         return jnp.split(x, len(self.tasks))
@@ -638,14 +655,14 @@ class Lanes:
         T, tasks = len(step.reward), len(self.tasks)
 
         def per_task(x):
-            return x.reshape(T, tasks, -1).sum((0, 2))  # (T, N) -> (tasks,)
+            return self.pmean(x.reshape(T, tasks, -1).sum((0, 2)))  # (T, N) -> (tasks,)
 
         whole = step.episode_end & step.episode_complete
         curve_bin = jnp.clip(step.trial_step * bins // (self.trial_length or T), 0, bins - 1)
         index = jnp.asarray(self.lane_task) * bins + curve_bin  # (T, N)
         reward = step.reward / self.action_repeat
-        totals, counts = (jax.ops.segment_sum(x.ravel(), index.ravel(), tasks * bins).reshape(tasks, bins)
+        totals, counts = (self.pmean(jax.ops.segment_sum(x.ravel(), index.ravel(), tasks * bins).reshape(tasks, bins))
                           for x in (reward, jnp.ones_like(reward)))
         return {"return": per_task(jnp.where(whole, step.episode_return, 0.0)) / per_task(whole),
                 "reward": per_task(reward) / (T * self.num_lanes // tasks), "curve": totals / counts,
-                "diverged": step.diverged.sum()}
+                "diverged": self.shards * self.pmean(step.diverged.sum())}

@@ -87,7 +87,7 @@ def load(folder):
         raise ValueError(f"{folder} holds no checkpoint: it has no folder checkpoints/")
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     groups = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here),
-                          jax.eval_shape(lambda: experiment.init_groups(train, config, options)))
+                          jax.eval_shape(lambda: experiment.init_groups(jax.vmap(train.init), config, options)))
     manager = ocp.CheckpointManager((folder / "checkpoints").absolute(), options=ocp.CheckpointManagerOptions(
         create=False))
     try:

@@ -8,8 +8,8 @@ The trainers hand their algorithm over and get all of this:
     config, options = experiment.read_run("runs/NAME", Config)       # of a run folder; then, to go on with it:
     experiment.run(make_train, config, options)
 
-A run is a number of members, every setting of the sweep with every seed, that train in one compiled function,
-`log_every` updates at a call. Between two calls its folder grows:
+A run is a number of members, every setting of the sweep with every seed, that train in one compiled function on all
+devices of all processes, `log_every` updates at a call. Between two calls process 0 adds to the folder:
 
     config.json      trainer, Config, Options
     metrics.csv      a row per update and member, without wall-clock values: a resumed run writes the same bytes
@@ -18,9 +18,10 @@ A run is a number of members, every setting of the sweep with every seed, that t
     tensorboard/     event files
     returns.png      at the end; of a sweep also sweep.csv and sweep.png
 
-What is needed of a trainer: a frozen dataclass Config with the fields env, log_every and SWEEPABLE (names of the fields
-whose values may be traced) and the properties num_updates and steps_per_update; make_train(Config) -> train with
-init(key, hyper) -> runner and update(runner) -> (runner, metrics), pure, metrics shaped (), (tasks,) or (tasks, n).
+What is needed of a trainer: a frozen dataclass Config with the fields env, num_envs, log_every and SWEEPABLE (names of
+the fields whose values may be traced) and the properties num_updates and steps_per_update; make_train(Config, shards)
+-> train with init(key, hyper) -> runner and update(runner) -> (runner, metrics), pure, metrics shaped (), (tasks,) or
+(tasks, n), the same on all of the devices that share num_envs, `shards` of them.
 """
 
 import contextlib
@@ -35,6 +36,7 @@ import json
 import math
 import os
 import re
+import socket
 import sys
 import time
 from pathlib import Path
@@ -45,8 +47,22 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tyro
+from jax.experimental.multihost_utils import broadcast_one_to_all
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    coordinator: str = ""  # HOST:PORT of process 0, to train in several processes: the same command on every host
+    num_processes: int = 1  # how many they are; all see one file system
+    process_id: int = 0  # which of them this is
+
+    def __post_init__(self):
+        if self.num_processes > 1 and not re.fullmatch(r".+:\d+", self.coordinator):
+            raise ValueError(f"several processes need --coordinator HOST:PORT, got {self.coordinator!r}")
+        if not 0 <= self.process_id < self.num_processes:
+            raise ValueError(f"process_id must be from 0 to {self.num_processes - 1}, got {self.process_id}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +72,7 @@ class Options:
     sweep: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """NAME=V1,V2,...; may be given several times: every combination times every seed in one compiled function"""
     sweep_chunk: int = 0  # run the sweep in equal parts of so many settings x seeds (0: all at once)
+    devices: int = 0  # of all processes together (0: all that can share the environments); a core of a CPU is a device
     preset: Literal["cpu", "accelerator"] = dataclasses.field(
         default_factory=lambda: "cpu" if jax.default_backend() == "cpu" else "accelerator")
     """decides on the default sizes; its own default is this machine's"""
@@ -70,7 +87,7 @@ class Options:
     def __post_init__(self):
         if self.num_seeds < 1:
             raise ValueError(f"num_seeds must be at least 1, got {self.num_seeds}")
-        for name in ("seed", "sweep_chunk", "checkpoint_minutes"):
+        for name in ("seed", "sweep_chunk", "devices", "checkpoint_minutes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.name in (".", "..") or re.search(r"[/\\\0]", self.name):
@@ -90,20 +107,26 @@ def parse_flags(config_class: type, description: str = "", args: list[str] | Non
     chosen = re.search(r"--preset[ =](cpu|accelerator)\b", " ".join(args))  # decides on the other flags' defaults
     options = Options(preset=chosen[1]) if chosen else Options()
 
-    def flags(algorithm: config_class = preset(config_class, options.preset), run: Options = options):
+    def flags(algorithm: config_class = preset(config_class, options.preset), run: Options = options,
+              processes: Processes = Processes()):
         return algorithm, run
 
+    return one_sentence(tyro.cli, flags, args=args, description=description, config=(tyro.conf.OmitArgPrefixes,))
+
+
+def one_sentence(cli: Callable, *args: Any, **kwargs: Any) -> Any:
+    """tyro.cli, its errors as ValueError."""
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            return tyro.cli(flags, args=args, description=description, config=(tyro.conf.OmitArgPrefixes,))
+            return cli(*args, **kwargs)
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
         # tyro draws a box: a title, the sentence, a rule, the flag's help
         lines = [line.strip("│ ") for line in printed.getvalue().splitlines()[1:]]
         sentence = " ".join(itertools.takewhile(lambda line: not line.startswith(("─", "╰")), lines))
-        raise ValueError(re.sub(r"^Error parsing (algorithm: |run: )?", "", sentence)) from None
+        raise ValueError(re.sub(r"^Error parsing (algorithm: |run: |processes: )?", "", sentence)) from None
 
 
 def main(config_class: type, make_train: Callable, description: str) -> None:
@@ -115,25 +138,115 @@ def main(config_class: type, make_train: Callable, description: str) -> None:
         if options.resume:
             config, options = read_run(options.resume, config_class)
         folder = run(make_train, config, options)
-        if options.evaluate and not options.sweep:
-            if importlib.util.find_spec("evaluate"):
+        if options.evaluate and not options.sweep and jax.process_index() == 0:
+            if jax.process_count() > 1:
+                print(f"evaluation is for one process: python evaluate.py {folder}")
+            elif importlib.util.find_spec("evaluate"):
                 import evaluate
                 evaluate.evaluate([folder])
             else:
                 print("evaluate.py is not here: evaluation left out")
     except (ValueError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        stop(2, f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit(130)
+        stop(130)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
+        if "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower():
+            stop(2, "error: out of memory; lower --num-envs, --num-seeds or --width, or set --sweep-chunk")
+        if jax.process_count() == 1:
             raise
-        print("error: out of memory; lower --num-envs, --num-seeds or --width, or set --sweep-chunk", file=sys.stderr)
-        sys.exit(2)
+        stop(1, f"error: another process is gone; go on with --resume in all of them ({str(error).splitlines()[0]})")
 
 
-# ---- Members: settings x seeds, on all devices -------------------------------------------------------------
+def stop(code: int, sentence: str = "") -> None:
+    """Exit. One of several processes does not wait for the others, as JAX would: they may be waiting for this one."""
+    if sentence:
+        print(sentence, file=sys.stderr, flush=True)
+    if jax.distributed.is_initialized():
+        os._exit(code)
+    sys.exit(code)
+
+
+# ---- Devices and processes ---------------------------------------------------------------------------------
+def start_devices() -> None:
+    """Before JAX is used: make every core of the CPU a device and find the other processes of the command line."""
+    if jax.config.jax_num_cpu_devices < 0 and "device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", num_cores())
+    try:
+        join(one_sentence(tyro.cli, Processes, return_unknown_args=True, add_help=False)[0])
+    except ValueError as error:
+        stop(2, f"error: {error}")
+
+
+def join(processes: Processes, patience: float = 60.0) -> None:
+    """Find the other processes. ValueError: the coordinator has not answered for `patience` seconds."""
+    if processes.num_processes == 1:
+        return
+    host, _, port = processes.coordinator.rpartition(":")
+    deadline = time.monotonic() + patience
+    while processes.process_id > 0:  # JAX's own attempt ends in an abort
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+            break
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise ValueError(f"no answer from the coordinator, {processes.coordinator} ({error})") from None
+            time.sleep(0.5)
+    # one that is gone takes the others down after so many seconds without a heartbeat
+    jax.distributed.initialize(processes.coordinator, processes.num_processes, processes.process_id,
+                               heartbeat_timeout_seconds=30)
+
+
+def num_cores() -> int:
+    """Physical cores that this process may use: hyperthreads of a core share its vector units."""
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
+    siblings = [Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") for cpu in usable]
+    return len({path.read_text() if path.exists() else path for path in siblings})
+
+
+def mesh_shape(config: Any, options: Options, existing: int, processes: int = 1) -> tuple[int, int]:
+    """How many devices members are split over, and how many share the environments of each: as many as possible.
+
+    Args:
+      existing: devices of all processes, of which each gives as many.
+
+    Raises:
+      ValueError: options.devices do not exist or cannot be used.
+    """
+    def can_share(shards):
+        with contextlib.suppress(ValueError):
+            return dataclasses.replace(config, num_envs=config.num_envs // shards).num_envs * shards == config.num_envs
+
+    if options.devices > existing:
+        raise ValueError(f"devices={options.devices}, but there are {existing}; a run is resumed on as many as before")
+    count, size = options.devices or existing, len(groups_of(config, options)[0])
+    shapes = [(members, shards) for members in range(1, count + 1) if size % members == 0
+              for shards in range(1, count // members + 1) if members * shards % processes == 0 and can_share(shards)]
+    shape = max(shapes, key=lambda shape: (math.prod(shape), shape), default=(0, 0))
+    if math.prod(shape) == 0 or options.devices not in (0, math.prod(shape)):
+        raise ValueError(f"devices={count} in {processes} processes do not fit {size} x num_envs={config.num_envs}: "
+                         "num_envs must be divisible by devices x tasks x minibatches")
+    return shape
+
+
+def device_mesh(config: Any, options: Options) -> Mesh:
+    """The devices to train on, with the axes member and data; ValueError as in mesh_shape."""
+    processes = jax.process_count()
+    shape = mesh_shape(config, options, jax.device_count(), processes)
+    devices = [jax.local_devices(process)[:math.prod(shape) // processes] for process in range(processes)]
+    return Mesh(np.array(devices).reshape(shape), ("member", "data"))
+
+
+def runner_specs(make_train: Callable, config: Any, mesh: Mesh) -> Any:
+    """How a stacked runner lies on the mesh, a PartitionSpec of every leaf: what grows with num_envs is shared."""
+    whole, part = (
+        jax.eval_shape(make_train(dataclasses.replace(config, num_envs=config.num_envs // shards)).init,
+                       jax.random.PRNGKey(0)) for shards in (1, mesh.shape["data"]))
+    return jax.tree.map(lambda a, b: PartitionSpec(
+        "member", *("data" if m != n else None for m, n in zip(a.shape, b.shape))), whole, part)
+
+
+# ---- Members: settings x seeds -----------------------------------------------------------------------------
 def settings_of(config: Any, options: Options) -> list[dict[str, float]]:
     """The sweep's settings: {name: value}, every combination; [{}] without a sweep. ValueError if it cannot be."""
     axes = {}
@@ -172,12 +285,6 @@ def groups_of(config: Any, options: Options) -> list[list[tuple[dict[str, float]
     return [members[start:start + size] for start in range(0, len(members), size)]
 
 
-def over_devices(size: int) -> NamedSharding:
-    """Sharding of a leading axis of length `size` over as many devices as divide it."""
-    count = max(n for n in range(1, len(jax.devices()) + 1) if size % n == 0)
-    return NamedSharding(Mesh(np.array(jax.devices()[:count]), ("member",)), PartitionSpec("member"))
-
-
 def over_members(function: Callable) -> Callable:
     """function over a leading axis of members: an accelerator runs them side by side, a CPU one after another.
 
@@ -188,27 +295,32 @@ def over_members(function: Callable) -> Callable:
     return lambda *args: jax.lax.map(lambda one: function(*one), args)
 
 
-def init_groups(train: Any, config: Any, options: Options) -> list[Any]:
-    """The stacked runners of every group of members, at the start of training."""
+def init_groups(init: Callable, config: Any, options: Options) -> list[Any]:
+    """The stacked runners of every group of members, at the start of training; init: of one member."""
     groups = []
     for members in groups_of(config, options):
-        sharding = over_devices(len(members))
-        init = jax.jit(jax.vmap(train.init), in_shardings=sharding, out_shardings=sharding)
         keys = jnp.stack([jax.random.PRNGKey(seed) for _, seed in members])
         hyper = {name: jnp.array([setting[name] for setting, _ in members], jnp.float32) for name in members[0][0]}
         groups.append(init(keys, hyper))
     return groups
 
 
-def compile_chunk(train: Any, updates: int, runners: Any) -> Callable:
+def compile_chunk(train: Any, updates: int, mesh: Mesh, specs: Any, runners: Any) -> Callable:
     """The compiled function that runs so many updates of a group of stacked runners, which it takes over."""
     def chunk(runner):
         return jax.lax.scan(lambda r, _: train.update(r), runner, None, updates)
 
-    sharding = over_devices(runners.num_updates.shape[0])
-    mapped = jax.shard_map(over_members(chunk), mesh=sharding.mesh, in_specs=sharding.spec,
-                           out_specs=sharding.spec, check_vma=False)
-    return jax.jit(mapped, donate_argnums=0).lower(runners).compile()
+    mapped = jax.shard_map(over_members(chunk), mesh=mesh, in_specs=(specs,),
+                           out_specs=(specs, PartitionSpec("member")), check_vma=False)
+    everywhere = NamedSharding(mesh, PartitionSpec())  # every process reads all metrics
+    jitted = jax.jit(mapped, donate_argnums=0, out_shardings=(None, everywhere))
+    return jitted.lower(runners).compile(compiler_options(mesh))
+
+
+def compiler_options(mesh: Mesh) -> dict[str, Any]:
+    """XLA's, for a program on this mesh: cores that are devices share no threads."""
+    cores = mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
+    return {"xla_cpu_multi_thread_eigen": False} if cores else {}
 
 
 # ---- The run folder ----------------------------------------------------------------------------------------
@@ -295,6 +407,11 @@ def restore(manager: ocp.CheckpointManager, groups: list[Any]) -> tuple[int, lis
             problems.append(f"update {update}: {str(error).splitlines()[0]}")
             print(f"checkpoint of update {update} cannot be read, trying the one before", file=sys.stderr)
     raise ValueError(f"no usable checkpoint in {manager.directory}: {'; '.join(problems) or 'none was written'}")
+
+
+def from_first(text: str) -> str:
+    """The text that process 0 has."""
+    return bytes(broadcast_one_to_all(np.frombuffer(text.encode().ljust(4096), np.uint8))).decode().rstrip()
 
 
 def metric_rows(config: Any, options: Options, first_update: int, metrics: dict[str, Any]) -> list[dict[str, Any]]:
@@ -402,6 +519,8 @@ def nanmean(x: Any, axis: int | None = None) -> np.ndarray:
 def run(make_train: Callable, config: Any, options: Options) -> Path:
     """Train, into a new run folder or, with options.resume, on from the newest checkpoint in that one.
 
+    Every process calls this; process 0 writes the folder, but for the checkpoints, of which each writes its part.
+
     Args:
       make_train: the trainer's.
       config: the trainer's Config; of a resumed run as from read_run.
@@ -418,24 +537,31 @@ def run(make_train: Callable, config: Any, options: Options) -> Path:
         raise ValueError("--wandb needs the wandb package: pip install wandb")
     begin = time.perf_counter()
     members = list(itertools.chain(*groups_of(config, options)))
-    train = make_train(config)
-    folder = Path(options.resume) if options.resume else new_run(config, options)
-    groups = init_groups(train, config, options)
+    mesh, first = device_mesh(config, options), jax.process_index() == 0
+    options = dataclasses.replace(options, devices=mesh.size)
+    train = make_train(config, mesh.shape["data"])
+    folder = Path(from_first(options.resume or str(new_run(config, options) if first else "")))
+    specs = runner_specs(make_train, config, mesh)
+    init = jax.shard_map(jax.vmap(train.init), mesh=mesh, in_specs=PartitionSpec("member"), out_specs=specs,
+                         check_vma=False)
+    groups = init_groups(jax.jit(init), config, options)
     manager = ocp.CheckpointManager((folder / "checkpoints").absolute(),
                                     options=ocp.CheckpointManagerOptions(max_to_keep=2))
     update, saved = 0, set()
     if options.resume and (manager.all_steps() or (folder / "metrics.csv").exists()):  # else killed before training
         update, groups = restore(manager, groups)
         saved.add(update)
-    chunk = compile_chunk(train, config.log_every, groups[0])
+    chunk = compile_chunk(train, config.log_every, mesh, specs, groups[0])
     weights = sum(x.size for x in jax.tree.leaves(groups[0].params)) // groups[0].key.shape[0]
-    print(f"{folder}: {len(members)} x {config.total_timesteps:,} steps of {', '.join(config.env)} on "
-          f"{jax.device_count()} {jax.devices()[0].platform}, preset {options.preset}; {weights:,} parameters; "
-          f"ready in {time.perf_counter() - begin:.1f} s")
+    if first:
+        print(f"{folder}: {len(members)} x {config.total_timesteps:,} steps of {', '.join(config.env)} on "
+              f"{mesh.size} {jax.devices()[0].platform}, preset {options.preset}; {weights:,} parameters; "
+              f"ready in {time.perf_counter() - begin:.1f} s")
 
-    logs = Logs(config, options, folder, update)
+    logs = Logs(config, options, folder, update) if first else None
     per_update = config.steps_per_update
-    bar = tqdm(total=config.num_updates * per_update, initial=update * per_update, unit="step", unit_scale=True)
+    bar = tqdm(total=config.num_updates * per_update, initial=update * per_update, unit="step", unit_scale=True,
+               disable=not first)
     begin = last_save = time.perf_counter()
 
     def save():
@@ -454,18 +580,19 @@ def run(make_train: Callable, config: Any, options: Options) -> Path:
             groups = [runners for runners, _ in results]
             metrics = jax.tree.map(lambda *x: np.concatenate(x), *jax.device_get([m for _, m in results]))
             seconds = time.perf_counter() - start
-            rows = metric_rows(config, options, update, metrics)
             update += config.log_every
-            means = logs.chunk(rows, {
-                "update": update, "steps": update * per_update, "seconds": time.perf_counter() - begin,
-                "sps": len(members) * config.log_every * per_update / seconds})
-            bar.update(config.log_every * per_update)
-            bar.set_postfix_str(" ".join(f"{t.split(':')[-1]} {means[f'return/{t}']:.0f}" for t in config.env))
-            if means["skipped"] > 0.5:
-                raise FloatingPointError(
-                    f"{means['skipped']:.0%} of the gradient steps were not finite and were skipped: "
-                    "lower --lr or --max-grad-norm")
-            if time.perf_counter() - last_save > 60 * options.checkpoint_minutes:
+            if first:
+                means = logs.chunk(metric_rows(config, options, update - config.log_every, metrics), {
+                    "update": update, "steps": update * per_update, "seconds": time.perf_counter() - begin,
+                    "sps": len(members) * config.log_every * per_update / seconds})
+                bar.update(config.log_every * per_update)
+                bar.set_postfix_str(" ".join(f"{t.split(':')[-1]} {means[f'return/{t}']:.0f}" for t in config.env))
+            skipped = metrics["skipped"].mean()
+            if skipped > 0.5:
+                raise FloatingPointError(f"{skipped:.0%} of the gradient steps were not finite and were skipped: "
+                                         "lower --lr or --max-grad-norm")
+            due = time.perf_counter() - last_save > 60 * options.checkpoint_minutes
+            if broadcast_one_to_all(np.int32(due)):  # process 0 has the clock
                 save()
                 last_save = time.perf_counter()
         save()
@@ -477,8 +604,11 @@ def run(make_train: Callable, config: Any, options: Options) -> Path:
         bar.close()
         manager.wait_until_finished()
         manager.close()
-        logs.close()
+        if first:
+            logs.close()
 
+    if not first:
+        return folder
     plot_training(config, options, folder)
     for task, score in zip(config.env, final_scores(config, options, folder).mean(0)):
         print(f"  {task:24s} return {score:8.2f}  (mean over the last tenth of training)")

@@ -20,6 +20,9 @@ import jax.numpy as jnp
 import optax
 import tyro
 
+if __name__ == "__main__" and importlib.util.find_spec("experiment"):
+    importlib.import_module("experiment").start_devices()  # before gymnax, in envs.py, uses JAX
+
 import envs
 
 
@@ -227,8 +230,7 @@ class Config(MemoryConfig):
             for name in names.split():
                 if not holds(getattr(self, name)):
                     raise ValueError(f"{name} must be {rule}, got {getattr(self, name)}")
-        blocks = len(self.env) * self.num_minibatches
-        if not blocks or self.num_envs % blocks:
+        if not self.env or self.num_envs % (len(self.env) * self.num_minibatches):
             raise ValueError(f"num_envs={self.num_envs} must be divisible by tasks x minibatches = {len(self.env)} x "
                              f"{self.num_minibatches}, so that every minibatch holds the same lanes of each task")
 
@@ -360,12 +362,11 @@ def keep_final_input(slots: list[tuple], ended: jax.Array, entry: tuple) -> list
     return [envs.select(ended & (used == k), entry, slot) for k, slot in enumerate(slots)]
 
 
-def merge_stats(stats: dict[str, jax.Array], x: jax.Array) -> dict[str, jax.Array]:
-    """Chan's parallel update of {"count", "mean", "var"} with the rows of x (n, ...)."""
-    n, shift = x.shape[0], x.mean(0) - stats["mean"]
-    count = stats["count"] + n
+def merge_stats(stats: dict[str, jax.Array], n: int, mean: jax.Array, var: jax.Array) -> dict[str, jax.Array]:
+    """Chan's parallel update of {"count", "mean", "var"} with n values of that mean and variance."""
+    count, shift = stats["count"] + n, mean - stats["mean"]
     return {"count": count, "mean": stats["mean"] + shift * n / count,
-            "var": (stats["count"] * stats["var"] + n * x.var(0) + shift**2 * stats["count"] * n / count) / count}
+            "var": (stats["count"] * stats["var"] + n * var + shift**2 * stats["count"] * n / count) / count}
 
 
 # ---- PPO ---------------------------------------------------------------------------------------------------
@@ -388,13 +389,6 @@ def gae(reward, value, last_value, final_value, terminated, trial_end, gamma, la
     return jax.lax.scan(backward, jnp.zeros_like(last_value), (delta, decay), reverse=True, unroll=8)[1]
 
 
-def normalise_per_task(advantage: jax.Array, tasks: int) -> jax.Array:
-    """Advantages (T, N) standardised within each task, so that every task weighs the same."""
-    by_task = advantage.reshape(len(advantage), tasks, -1)  # (T, N) -> (T, tasks, N / tasks)
-    spread = by_task.std((0, 2), keepdims=True)
-    return ((by_task - by_task.mean((0, 2), keepdims=True)) / (spread + 1e-8)).reshape(advantage.shape)
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Train:
     """train(key) -> {"runner": RunnerState, "metrics"} is a whole run, init and update are its halves. All are pure."""
@@ -411,18 +405,21 @@ class Train:
         return {"runner": runner, "metrics": metrics}
 
 
-def make_train(config: Config) -> Train:
+def make_train(config: Config, shards: int = 1) -> Train:
     """Proximal policy optimisation (Schulman et al., arXiv 1707.06347) of a recurrent agent.
 
     Metrics are scalars of an update, {"return", "reward"} of every task (tasks,), "curve" (tasks, bins).
+    shards: devices that share num_envs, each with N of them. If several, all is called in jax.shard_map over an axis
+    "data" of so many, `lanes.pmean` averages over it, and what is learned differs from one device's by rounding only.
     """
-    lanes = make_lanes(config)
+    lanes = make_lanes(config, shards=shards)
     network = ActorCritic(config, lanes.action_size, lanes.discrete, lanes.output_of_input)
-    N, T, tasks = config.num_envs, config.num_steps, len(lanes.tasks)
+    N, T, tasks = lanes.num_lanes, config.num_steps, len(lanes.tasks)
     num_slots = 1 + (T - 1) // (lanes.max_episode_steps or T)  # how often a lane can run out of time in a rollout
     # Adam without its rate: that is traced, for sweeps, and multiplied where the step is taken
     optimiser = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optax.scale_by_adam())
     memoryless, forgets = config.memory == "none", config.memory != "unreset"
+    dataclasses.replace(config, num_envs=N)  # raises ValueError if minibatches cannot be made of them
 
     def init(key, hyper=None):
         key, env_key, net_key = jax.random.split(key, 3)
@@ -441,14 +438,11 @@ def make_train(config: Config) -> Train:
         def policy(memory, inputs, reset):
             return network.apply(runner.params, prepared, memory, inputs, reset, method="step")
 
-        def sample(pi, t):  # as in the environments, every lane has its own key
-            keys = lanes.keys(jax.random.fold_in(action_key, t))
-            return jax.vmap(lambda pi, key: pi.sample_and_log_prob(seed=key))(pi, keys)
-
         def env_step(carry, t):
             env_state, inputs, memory, reset, slots = carry
             memory, pi, value = policy(memory, inputs, reset)
-            action, log_prob = sample(pi, t)
+            keys = lanes.keys(jax.random.fold_in(action_key, t))
+            action, log_prob = jax.vmap(lambda pi, key: pi.sample_and_log_prob(seed=key))(pi, keys)
             env_state, next_inputs, out = lanes.step(env_state, action, t)
             entry = (memory, out.final_input, jnp.full(N, t))
             slots = keep_final_input(slots, out.trial_end & out.truncated & ~out.diverged, entry)
@@ -463,9 +457,8 @@ def make_train(config: Config) -> Train:
         for kept_memory, kept_inputs, time in slots:
             value = policy(kept_memory, kept_inputs, jnp.full(N, memoryless))[2]
             final_value = jnp.where(jnp.arange(T)[:, None] == time, value, final_value)
-        last_value = policy(memory, inputs, reset)[2]
         runner = runner._replace(env_state=env_state, inputs=inputs, memory=memory, reset=reset, key=key)
-        return runner, rollout, final_value, last_value
+        return runner, rollout, final_value, policy(memory, inputs, reset)[2]
 
     def scale_rewards(runner, step):
         """Rewards over the running standard deviation of their discounted sum, one scale for all tasks."""
@@ -474,7 +467,7 @@ def make_train(config: Config) -> Train:
             return total * (1.0 - x[1]), total
 
         returns, history = jax.lax.scan(accumulate, runner.returns, (step.reward, step.trial_end), unroll=8)
-        stats = merge_stats(runner.return_stats, history.ravel())
+        stats = merge_stats(runner.return_stats, shards * T * N, *lanes.moments(history, (0, 1)))
         return runner._replace(returns=returns, return_stats=stats), step.reward * jax.lax.rsqrt(stats["var"] + 1e-8)
 
     def loss_fn(params, hyper, memory, rollout, advantage, target):
@@ -505,7 +498,8 @@ def make_train(config: Config) -> Train:
         advantage = gae(reward, rollout.value, last_value, final_value, rollout.step.terminated,
                         rollout.step.trial_end, hyper["gamma"], hyper["gae_lambda"])
         target = advantage + rollout.value
-        advantage = normalise_per_task(advantage, tasks)
+        mean, var = (jnp.repeat(x, N // tasks) for x in lanes.moments(advantage.reshape(T, tasks, -1), (0, 2)))
+        advantage = (advantage - mean) / (jnp.sqrt(var) + 1e-8)  # within a task, so that every task weighs the same
         lr = hyper["lr"] * (1.0 - (runner.num_updates / config.num_updates if config.anneal_lr else 0.0))
 
         def update_minibatch(train_state, lane_index):
@@ -513,20 +507,20 @@ def make_train(config: Config) -> Train:
             data = rollout._replace(step=None), advantage, target
             minibatch = jax.tree.map(lambda x: jnp.take(x, lane_index, axis=1), data)
             start = jax.tree.map(lambda x: jnp.take(x, lane_index, axis=0), memory)
-            (loss, metrics), gradient = jax.value_and_grad(loss_fn, has_aux=True)(params, hyper, start, *minibatch)
+            gradient = jax.value_and_grad(loss_fn, has_aux=True)(params, hyper, start, *minibatch)
+            (loss, metrics), gradient = lanes.pmean(gradient)
             norm = optax.tree.norm(gradient)
             steps, new_opt_state = optimiser.update(gradient, opt_state, params)
             new_params = optax.apply_updates(params, jax.tree.map(lambda step: -lr * step, steps))
             finite = jnp.isfinite(norm) & jnp.isfinite(loss)  # if not, the step is skipped
-            train_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old),
-                                       (new_params, new_opt_state), train_state)
+            train_state = jax.tree.map(lambda *x: jnp.where(finite, *x), (new_params, new_opt_state), train_state)
             return train_state, metrics | {"grad_norm": norm, "skipped": 1.0 - finite}
 
         key, *epoch_keys = jax.random.split(runner.key, config.update_epochs + 1)
         lane_index = jnp.concatenate([shuffle_lanes(k) for k in epoch_keys])  # (epochs x minibatches, lanes)
         (params, opt_state), losses = jax.lax.scan(update_minibatch, (runner.params, runner.opt_state), lane_index)
         # inputs are normalised anew between iterations only, so that the update replays what was lived
-        stats = merge_stats(params["stats"]["input_norm"], rollout.inputs.reshape(T * N, -1))  # (T N, inputs)
+        stats = merge_stats(params["stats"]["input_norm"], shards * T * N, *lanes.moments(rollout.inputs, (0, 1)))
         params = params | {"stats": {"input_norm": stats}}
         runner = runner._replace(params=params, opt_state=opt_state, key=key, num_updates=runner.num_updates + 1)
         return runner, jax.tree.map(jnp.mean, losses) | lanes.summary(rollout.step)

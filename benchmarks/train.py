@@ -3,6 +3,7 @@
     python benchmarks/train.py                               # three trainers, and train_s5 along four axes
     python benchmarks/train.py --trainers train_s5 --lanes 96 192 384 --rollouts --widths --seeds
     python benchmarks/train.py --reference                   # the released implementation's configuration
+    python benchmarks/train.py --scaling                     # cores as devices that share the environments
 
 Every axis is walked alone, from the trainers' defaults for this device, by the trainers named in --along.
 
@@ -19,17 +20,30 @@ Every axis is walked alone, from the trainers' defaults for this device, by the 
                  matrices reaches on this device in this process
 
 Steps per second are environment steps of all seeds. Medians of several calls, synchronised, after a warm-up.
+
+--scaling runs the default configurations on 1, 2, 4, ... cores, each time in a process pinned to so many:
+
+    devices      that share the environments; one on several cores is XLA's own use of them
+    *_ms         environment, acting and update of an iteration, as above
+    collectives_ms  what it costs beyond the same work of as many devices that exchange nothing; waiting included
+    efficiency_* steps per second, and the rates of the parts, over those of one core, per core
 """
 
 import argparse
+import dataclasses
 import importlib
+import json
 import math
+import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import NamedSharding, PartitionSpec
 
 from common import RESULTS, Table, compile_program, plot_into, seconds  # first: it finds the project
 
@@ -118,6 +132,61 @@ def measure(trainer, config, seeds, rate, repeats):
             "of_matmul_%": 100 * flops / (whole_s - collect_s) / rate}
 
 
+def measure_shared(trainer, devices, repeats):
+    """Seconds of the parts of an iteration whose environments so many devices share."""
+    config = trainer.Config()
+    mesh = experiment.device_mesh(config, experiment.Options(devices=devices))
+    specs = experiment.runner_specs(trainer.make_train, config, mesh)
+    member, by_lane = PartitionSpec("member"), PartitionSpec("member", None, "data")
+
+    def compiled(function, *args, in_specs, out_specs=member):
+        mapped = jax.shard_map(experiment.over_members(function), mesh=mesh, in_specs=in_specs, out_specs=out_specs,
+                               check_vma=False)
+        return jax.jit(mapped).lower(*args).compile(experiment.compiler_options(mesh))
+
+    keys, T = jax.random.PRNGKey(0)[None], config.num_steps
+    train = trainer.make_train(config, devices)
+    lanes = train.lanes
+    runner = compiled(train.init, keys, in_specs=(member,), out_specs=specs)(jax.device_put(
+        keys, NamedSharding(mesh, member)))
+    actions = jax.device_put(jax.random.normal(keys[0], (1, T, config.num_envs, lanes.action_size)),
+                             NamedSharding(mesh, by_lane))
+
+    def environment(state, actions):
+        def step(state, x):
+            state, inputs, out = lanes.step(state, x[1], x[0])
+            return state, inputs.sum() + out.reward.sum()
+        return jax.lax.scan(step, state, (jnp.arange(T), actions))
+
+    alone = trainer.make_train(dataclasses.replace(config, num_envs=config.num_envs // devices))
+    env_s = seconds(compiled(environment, runner.env_state, actions, in_specs=(specs.env_state, by_lane)),
+                    runner.env_state, actions, repeats=repeats)
+    collect_s, whole_s, alone_s = (
+        seconds(compiled(function, runner, in_specs=(specs,)), runner, repeats=repeats)
+        for function in (train.collect, train.update, alone.update))
+    return {"environment": env_s, "acting": collect_s - env_s, "update": whole_s - collect_s, "whole": whole_s,
+            "collectives": whole_s - alone_s, "steps_per_s": config.steps_per_update / whole_s}
+
+
+def scaling(trainers, repeats, out):
+    """Table of measure_shared, every row from a process of its own."""
+    table, cores = Table(out), sorted(os.sched_getaffinity(0))
+    one, counts = None, [2**i for i in range(len(cores).bit_length()) if 2**i <= len(cores)]
+    parts = ("environment", "acting", "update")
+    for name in trainers:
+        for devices, count in sorted({(1, 1), (1, counts[-1]), *((count, count) for count in counts)}):
+            done = subprocess.run(
+                [sys.executable, __file__, "--trainers", name, "--share", str(devices), "--repeats", str(repeats)],
+                env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}, stdout=subprocess.PIPE, text=True, check=True,
+                preexec_fn=lambda: os.sched_setaffinity(0, cores[:count]))
+            found = json.loads(done.stdout.splitlines()[-1])
+            if count == 1:
+                one = found
+            table.add(trainer=name, cores=count, devices=devices, steps_per_s=round(found["steps_per_s"]),
+                      **{f"{part}_ms": 1e3 * found[part] for part in (*parts, "collectives")},
+                      **{f"efficiency_{part}": one[part] / found[part] / count for part in ("whole", *parts)})
+
+
 def plot(rows, base, path):
     """Bars of the breakdown at the trainers' defaults; steps per second along each axis that was walked."""
     columns = ("lanes", "rollout", "width", "seeds")
@@ -165,10 +234,19 @@ def main():
     parser.add_argument("--env", nargs="+", help="tasks (default: the trainers' own)")
     parser.add_argument("--reference", action="store_true",
                         help="only the released implementation's sizes on CartPole-v1")
+    parser.add_argument("--scaling", action="store_true", help="only cores as devices, train_s5 and train_lstm")
+    parser.add_argument("--share", type=int, help=argparse.SUPPRESS)  # devices of one process of --scaling
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path,
                         help="default: results/train.csv, or train_reference.csv; a picture beside it")
     options = parser.parse_args()
+    if options.share:
+        print(json.dumps(measure_shared(importlib.import_module(options.trainers[0]), options.share, options.repeats)))
+        return
+    if options.scaling:
+        scaling([name for name in options.trainers if name != "train_transformer"], options.repeats,
+                options.out or RESULTS / "scaling.csv")
+        return
     out = options.out or RESULTS / ("train_reference.csv" if options.reference else "train.csv")
     table, rate = Table(out), matmul_rate(options.repeats)
     print(f"a product of two {MATRIX} x {MATRIX} float32 matrices: {rate / 1e9:.0f} GFLOP/s")

@@ -39,7 +39,7 @@ def make_run(folder, trainer=train_s5, **changes):
     options = experiment.Options(num_seeds=changes.pop("num_seeds", 1), sweep=changes.pop("sweep", ()))
     config = trainer.Config(**(SMALL | changes))
     train = trainer.make_train(config)
-    shapes = jax.eval_shape(lambda: experiment.init_groups(train, config, options))
+    shapes = jax.eval_shape(lambda: experiment.init_groups(jax.vmap(train.init), config, options))
     rng = np.random.default_rng(len(folder.name))
 
     def fill(path, x):

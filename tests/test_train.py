@@ -7,9 +7,11 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -18,6 +20,7 @@ import numpy as np
 import pytest
 
 import envs
+import evaluate
 import experiment
 import train_lstm
 import train_s5
@@ -338,12 +341,12 @@ def rows(folder):
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("trainer", ["train_s5", "train_lstm"])
-def test_kill_and_resume_is_bit_identical(trainer, tmp_path):
+@pytest.mark.parametrize("trainer,devices", [("train_s5", 2), ("train_lstm", 1)])
+def test_kill_and_resume_is_bit_identical(trainer, devices, tmp_path):
     """SIGKILL at random moments, resume until done: the same metrics.csv as a run that nobody killed."""
     flags = ["--env", "CartPole-v1", "--total-timesteps", "20000", "--log-every", "4", "--checkpoint-minutes", "0",
              "--runs-dir", str(tmp_path), *FLAGS]
-    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     assert command(trainer, *flags, "--name", "whole", env=env).returncode == 0
     rng, kills = random.Random(0), 0
     script = [sys.executable, str(ROOT / f"{trainer}.py")]
@@ -489,17 +492,102 @@ def test_sweep_ranks_settings_and_chunks_agree(tmp_path):
         np.testing.assert_allclose(float(a["value_loss"]), float(b["value_loss"]), rtol=1e-2)
 
 
-def test_two_devices_equal_one(tmp_path):
-    flags = ["--env", "CartPole-v1", "--total-timesteps", "2000", "--num-seeds", "2", "--log-every", "4",
-             "--runs-dir", str(tmp_path), *FLAGS]
-    for count in (1, 2):
-        done = command("train_s5", *flags, "--name", str(count),
-                       env={"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"})
+def test_devices_have_the_lanes_of_one():
+    """However many share them (here by a mapped axis): the same projections and starts, no two alike."""
+    def reset(shards):
+        lanes = envs.Lanes(["cartpole-swingup", "reacher-easy"], 8, shards=shards)
+        state, _ = jax.jit(jax.vmap(lanes.reset, in_axes=None, axis_name="data", axis_size=shards))(
+            jax.random.PRNGKey(0))
+        matrix = state.obs_matrix.reshape(shards, 2, 4 // shards, -1).swapaxes(0, 1)  # (tasks, shards, lanes, ...)
+        return matrix.reshape(8, -1), *(env.qpos.reshape(4, -1) for env in state.env), state.episode_step.ravel()
+
+    one = reset(1)
+    assert all(len(np.unique(x[:, 0])) == len(x) for x in one[:3])
+    for shards in (2, 4):
+        found = reset(shards)
+        bitwise(found[:3], one[:3])
+        assert sorted(found[3]) == sorted(one[3])
+
+
+def test_devices_equal_one(tmp_path):
+    """One seed on 1 and 4 devices, two seeds on 2 x 2: the same metrics and parameters but for rounding.
+
+    Sums over lanes are taken in another order, 1e-7 relative; Adam divides small gradients by their size and so makes
+    up to 1e-3 of that, of steps of 7e-4.
+    """
+    def close(a, b):
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-3, atol=1e-5), a, b)
+
+    flags = ["--env", "CartPole-v1", "--total-timesteps", "2000", "--log-every", "4", "--runs-dir", str(tmp_path),
+             *FLAGS]
+    one = None
+    for devices, seeds in ((1, 1), (4, 1), (4, 2)):
+        done = command("train_s5", *flags, "--name", f"{devices}x{seeds}", "--num-seeds", str(seeds),
+                       env={"JAX_NUM_CPU_DEVICES": str(devices)})
         assert done.returncode == 0, done.stderr
-        assert f"on {count} cpu" in done.stdout
-    for a, b in zip(rows(tmp_path / "1"), rows(tmp_path / "2")):
-        for name in a:
-            np.testing.assert_allclose(float(a[name] or "nan"), float(b[name] or "nan"), rtol=1e-3, atol=1e-5)
+        assert f"on {devices} cpu" in done.stdout
+        found = [{name: float(x or "nan") for name, x in row.items()} for row in rows(tmp_path / f"{devices}x{seeds}")
+                 if row["seed"] == "0"]
+        params = jax.tree.map(lambda x: x[0], evaluate.load(tmp_path / f"{devices}x{seeds}").params)
+        one = one or (found, params)
+        close((found, params), one)
+    done = command("train_s5", "--resume", str(tmp_path / "4x1"), env={"JAX_NUM_CPU_DEVICES": "2"})
+    assert done.returncode == 2 and "devices=4, but there are 2" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("changes,existing,processes,shape", [
+    (dict(), 1, 1, (1, 1)), (dict(), 4, 1, (1, 4)), (dict(), 5, 1, (1, 4)), (dict(num_seeds=2), 4, 1, (2, 2)),
+    (dict(num_seeds=4), 4, 1, (4, 1)), (dict(num_seeds=3), 4, 1, (1, 4)), (dict(num_seeds=3), 2, 1, (1, 2)),
+    (dict(num_seeds=6, sweep_chunk=2), 4, 1, (2, 2)), (dict(devices=2), 4, 2, (1, 2)), (dict(devices=1), 4, 1, (1, 1)),
+    (dict(devices=3), 4, 1, "divisible by devices x tasks x minibatches"), (dict(devices=8), 4, 1, "there are 4"),
+    (dict(devices=1), 4, 2, "in 2 processes"), (dict(), 3, 3, "in 3 processes")])
+def test_sweeps_fill_members_first(changes, existing, processes, shape):
+    """8 environments, 2 minibatches: 1, 2 or 4 devices can share them; explicit --devices are all used or refused."""
+    config, options = small(train_s5), experiment.Options(**changes)
+    if isinstance(shape, tuple):
+        assert experiment.mesh_shape(config, options, existing, processes) == shape
+    else:
+        with pytest.raises(ValueError, match=shape):
+            experiment.mesh_shape(config, options, existing, processes)
+
+
+def test_two_processes_survive_kills(tmp_path):
+    """SIGKILL of both, then of one (the other ends by itself): each time --resume goes on, to the same bits."""
+    flags = ["--env", "CartPole-v1", "--total-timesteps", "6000", "--log-every", "4", "--checkpoint-minutes", "0",
+             "--runs-dir", str(tmp_path), *FLAGS]
+
+    def start(*flags):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            coordinator = f"localhost:{free.getsockname()[1]}"
+        return [subprocess.Popen(
+            [sys.executable, str(ROOT / "train_s5.py"), *flags, "--coordinator", coordinator, "--num-processes", "2",
+             "--process-id", str(i)], env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"},
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for i in range(2)]
+
+    def finish(pair):
+        for process in pair:
+            assert process.wait() == 0, process.stderr.read()
+
+    finish(start(*flags, "--name", "whole"))
+    flags += ["--name", "killed"]
+    for victims in ((0, 1), (1,)):
+        before = set(tmp_path.glob("killed/checkpoints/*"))
+        pair = start(*flags)
+        while pair[0].poll() is None and len(set(tmp_path.glob("killed/checkpoints/*[0-9]")) - before) < 1:
+            time.sleep(0.01)
+        for i in victims:
+            pair[i].send_signal(signal.SIGKILL)
+        assert pair[0].wait(timeout=60) != 0 and pair[1].wait() == -signal.SIGKILL
+        flags = ["--resume", str(tmp_path / "killed")]
+    finish(start(*flags))
+    assert (tmp_path / "killed/metrics.csv").read_bytes() == (tmp_path / "whole/metrics.csv").read_bytes()
+
+
+def test_a_coordinator_that_does_not_answer():
+    with pytest.raises(ValueError, match="no answer from the coordinator, localhost:9") as error:
+        experiment.join(experiment.Processes("localhost:9", 2, 1), patience=0)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("flags,message", [
@@ -507,7 +595,8 @@ def test_two_devices_equal_one(tmp_path):
     (["--lr", "-1"], "lr must be positive"), (["--lr", "high"], "--lr"), (["--sweep", "width=8,16"], "sweep"),
     (["--no-such-flag"], "no-such-flag"), (["--preset", "gpu"], "accelerator"), (["--name", "../x"], "name must be"),
     (["--runs-dir", "/proc/nowhere"], "choose a --runs-dir"), (["--resume", "nowhere"], "nowhere"),
-    (["--sweep-chunk", "2"], "sweep_chunk=2 must divide")])
+    (["--sweep-chunk", "2"], "sweep_chunk=2 must divide"), (["--devices", "99"], "devices=99"),
+    (["--num-processes", "2"], "--coordinator HOST:PORT"), (["--process-id", "1"], "process_id must be")])
 def test_bad_input_is_one_sentence_and_exit_code_2(flags, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train_s5.py", *flags])
