@@ -345,7 +345,7 @@ def rows(folder):
 def test_kill_and_resume_is_bit_identical(trainer, devices, tmp_path):
     """SIGKILL at random moments, resume until done: the same metrics.csv as a run that nobody killed."""
     flags = ["--env", "CartPole-v1", "--total-timesteps", "20000", "--log-every", "4", "--checkpoint-minutes", "0",
-             "--runs-dir", str(tmp_path), *FLAGS]
+             "--runs-dir", str(tmp_path), "--devices", str(devices), *FLAGS]
     env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     assert command(trainer, *flags, "--name", "whole", env=env).returncode == 0
     rng, kills = random.Random(0), 0
@@ -523,7 +523,7 @@ def test_devices_equal_one(tmp_path):
     one = None
     for devices, seeds in ((1, 1), (4, 1), (4, 2)):
         done = command("train_s5", *flags, "--name", f"{devices}x{seeds}", "--num-seeds", str(seeds),
-                       env={"JAX_NUM_CPU_DEVICES": str(devices)})
+                       "--devices", str(devices), env={"JAX_NUM_CPU_DEVICES": str(devices)})
         assert done.returncode == 0, done.stderr
         assert f"on {devices} cpu" in done.stdout
         found = [{name: float(x or "nan") for name, x in row.items()} for row in rows(tmp_path / f"{devices}x{seeds}")
