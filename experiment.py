@@ -235,6 +235,10 @@ def device_mesh(config: Any, options: Options) -> Mesh:
     if jax.default_backend() == "cpu" and not options.devices:
         options = dataclasses.replace(options, devices=processes)  # cores as devices only if asked for
     shape = mesh_shape(config, options, jax.device_count(), processes)
+    if jax.default_backend() == "cpu" and math.prod(shape) > 1 and int(os.environ.get("NPROC", 0)) < 8 * len(
+            jax.local_devices()):
+        raise ValueError("cores as devices wait for each other in XLA's threads, of which there must be enough not to "
+                         f"wait for ever: set the environment variable NPROC={8 * len(jax.local_devices())}")
     devices = [jax.local_devices(process)[:math.prod(shape) // processes] for process in range(processes)]
     return Mesh(np.array(devices).reshape(shape), ("member", "data"))
 
