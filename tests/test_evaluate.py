@@ -492,7 +492,9 @@ def test_poses_and_shapes_equal_the_model(task):
 def test_replay_page(run):
     """The page of a task with a target: nothing from a network, and the data that were recorded."""
     agent = evaluate.load(run)
-    data = evaluate.record_trial(agent, "reacher-easy", 3, 1, "memory, mode")
+    head = agent.params["params"]["policy_head"] | {"kernel": 1e3 * agent.params["params"]["policy_head"]["kernel"]}
+    params = agent.params | {"params": agent.params["params"] | {"policy_head": head}}  # what it sees decides
+    data = evaluate.record_trial(agent._replace(params=params), "reacher-easy", 3, 1, "memory, mode")
     path = run / "replay.html"
     replay.write(data, path)
     text = path.read_text()
