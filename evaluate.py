@@ -1,6 +1,6 @@
 """Does it adapt in context, and to tasks it never saw? A checkpoint in; tables, pictures and replays out.
 
-    python evaluate.py runs/NAME                        # a minute or two on a CPU; writes runs/NAME/eval/
+    python evaluate.py runs/NAME                        # three minutes on a CPU core; writes runs/NAME/eval/
     python evaluate.py runs/s5 runs/lstm runs/none      # also compares them (into runs/s5/eval/, or --out)
     python evaluate.py runs/NAME --replay finger-spin   # also one HTML file that plays without a network
     python evaluate.py --help
