@@ -288,16 +288,17 @@ class ActorCritic(nn.Module):
     def encode(self, inputs, outputs=math.inf):
         """outputs: how many numbers of a projected observation are shown; what is hidden is at 0, its mean."""
         shown = jnp.array(self.output_of_input) < jnp.expand_dims(0 if self.config.observe == "none" else outputs, -1)
-        seen = self.input_norm(inputs)[..., :len(self.output_of_input)]
-        return nn.gelu(apply_flat(self.encoder, jnp.where(shown, seen, 0.0)))
+        return nn.gelu(apply_flat(self.encoder, jnp.where(shown, self.input_norm(inputs)[..., :shown.shape[-1]], 0.0)))
 
     def policy(self, x):
+        """x (..., width), the memory's output -> distribution of actions (...)."""
         logits = apply_flat(lambda x: self.policy_head(nn.gelu(self.actor(self.core_norm(x)))), x)
         if self.discrete:
             return distrax.Categorical(logits=logits)
         return envs.continuous_policy(self.config.policy, logits, self.num_outputs)
 
     def value(self, x, inputs):
+        """x (..., width), inputs (..., input_size + privileged_size) -> (...) float32, in units of the reward scale."""
         x, privileged = self.core_norm(x), self.input_norm(inputs)[..., len(self.output_of_input):]
         if privileged.shape[-1]:
             x = jnp.concatenate([x, apply_flat(self.privileged_encoder, privileged)], -1)
@@ -389,6 +390,13 @@ def gae(reward, value, last_value, final_value, terminated, trial_end, gamma, la
     return jax.lax.scan(backward, jnp.zeros_like(last_value), (delta, decay), reverse=True, unroll=8)[1]
 
 
+def normalise_per_task(advantage: jax.Array, lanes: envs.Lanes) -> jax.Array:
+    """Advantages (T, N) standardised within each task, so that every task weighs the same."""
+    by_task = advantage.reshape(len(advantage), len(lanes.tasks), -1)  # (T, N) -> (T, tasks, N / tasks)
+    mean, var = (x[:, None] for x in lanes.moments(by_task, (0, 2)))
+    return ((by_task - mean) / (jnp.sqrt(var) + 1e-8)).reshape(advantage.shape)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Train:
     """train(key) -> {"runner": RunnerState, "metrics"} is a whole run, init and update are its halves. All are pure."""
@@ -414,7 +422,7 @@ def make_train(config: Config, shards: int = 1) -> Train:
     """
     lanes = make_lanes(config, shards=shards)
     network = ActorCritic(config, lanes.action_size, lanes.discrete, lanes.output_of_input)
-    N, T, tasks = lanes.num_lanes, config.num_steps, len(lanes.tasks)
+    N, T = lanes.num_lanes, config.num_steps
     num_slots = 1 + (T - 1) // (lanes.max_episode_steps or T)  # how often a lane can run out of time in a rollout
     # Adam without its rate: that is traced, for sweeps, and multiplied where the step is taken
     optimiser = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optax.scale_by_adam())
@@ -498,8 +506,7 @@ def make_train(config: Config, shards: int = 1) -> Train:
         advantage = gae(reward, rollout.value, last_value, final_value, rollout.step.terminated,
                         rollout.step.trial_end, hyper["gamma"], hyper["gae_lambda"])
         target = advantage + rollout.value
-        mean, var = (jnp.repeat(x, N // tasks) for x in lanes.moments(advantage.reshape(T, tasks, -1), (0, 2)))
-        advantage = (advantage - mean) / (jnp.sqrt(var) + 1e-8)  # within a task, so that every task weighs the same
+        advantage = normalise_per_task(advantage, lanes)
         lr = hyper["lr"] * (1.0 - (runner.num_updates / config.num_updates if config.anneal_lr else 0.0))
 
         def update_minibatch(train_state, lane_index):
@@ -507,8 +514,8 @@ def make_train(config: Config, shards: int = 1) -> Train:
             data = rollout._replace(step=None), advantage, target
             minibatch = jax.tree.map(lambda x: jnp.take(x, lane_index, axis=1), data)
             start = jax.tree.map(lambda x: jnp.take(x, lane_index, axis=0), memory)
-            gradient = jax.value_and_grad(loss_fn, has_aux=True)(params, hyper, start, *minibatch)
-            (loss, metrics), gradient = lanes.pmean(gradient)
+            found = jax.value_and_grad(loss_fn, has_aux=True)(params, hyper, start, *minibatch)
+            (loss, metrics), gradient = lanes.pmean(found)
             norm = optax.tree.norm(gradient)
             steps, new_opt_state = optimiser.update(gradient, opt_state, params)
             new_params = optax.apply_updates(params, jax.tree.map(lambda step: -lr * step, steps))

@@ -116,13 +116,13 @@ def test_memory_reset_and_blind_equal_a_hand_rolled_loop(starts, result, policy,
     memory = train_s5.make_memory(agent.config, jnp.float32).zero_state((3,))
     params = jax.tree.map(lambda x: x[1], agent.params)  # second seed
 
-    def whole_sequence(network, memory, inputs, reset):
+    def sequence(network, memory, inputs, reset):
         memory, x = network.core(memory, network.encode(inputs), reset)
         return memory, network.policy(x)
 
     @jax.jit
     def step(state, inputs, memory, reset, t):
-        memory, pi = network.apply(params, memory, inputs[None], reset[None], method=whole_sequence)
+        memory, pi = network.apply(params, memory, inputs[None], reset[None], method=sequence)
         state, inputs, out = lanes.step(state, pi.mode()[0], t)
         return state, inputs, memory, out
 
