@@ -15,6 +15,7 @@ import distrax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import tyro
 
@@ -204,7 +205,8 @@ class ActorCritic(nn.Module):
     def setup(self):
         width, dtype = self.config.width, jnp.dtype(self.config.dtype)
         self.input_norm, self.core_norm = RunningNorm(), nn.LayerNorm()
-        self.encoder, self.core = nn.Dense(width, dtype=dtype), make_memory(self.config, dtype)
+        self.own_encoder, self.observation_encoder = nn.Dense(width, dtype=dtype), nn.Dense(width, dtype=dtype)
+        self.core, self.detour = make_memory(self.config, dtype), nn.Dense(width, dtype=dtype)
         self.actor, self.critic = nn.Dense(width, dtype=dtype), nn.Dense(width, dtype=dtype)
         self.privileged_encoder = nn.Sequential([nn.Dense(2 * width), nn.gelu, nn.Dense(width), nn.gelu])
         self.value_head = nn.Dense(1, kernel_init=nn.initializers.orthogonal(1.0))
@@ -212,28 +214,38 @@ class ActorCritic(nn.Module):
         # a small gain: at first all actions are equally likely, whatever the input
         self.policy_head = nn.Dense(self.num_outputs * per_action, kernel_init=nn.initializers.orthogonal(0.01))
 
-    def encode(self, inputs, outputs=math.inf):
-        """outputs: how many numbers of a projected observation are shown; what is hidden is at 0, its mean."""
-        shown = jnp.array(self.output_of_input) < jnp.expand_dims(0 if self.config.observe == "none" else outputs, -1)
-        return nn.gelu(apply_flat(self.encoder, jnp.where(shown, self.input_norm(inputs)[..., :shown.shape[-1]], 0.0)))
+    def perceive(self, inputs, memory, outputs=math.inf):
+        """inputs (..., input_size or more), memory: its input -> state, output. To state, x (..., 2 width) for heads.
+
+        What comes of observations is also led around the memory. Into it projected ones, many numbers and at first all
+        noise, go damped, or they would drown action and reward. outputs: how many numbers of one are shown.
+        """
+        output = np.array(self.output_of_input)
+        shown = output < jnp.expand_dims(0 if self.config.observe == "none" else outputs, -1)
+        x = jnp.where(shown, self.input_norm(inputs)[..., :len(output)], 0.0)  # hidden is at 0, its mean
+        own = apply_flat(self.own_encoder, x[..., output < 0])
+        seen = apply_flat(self.observation_encoder, x[..., output >= 0])
+        damping = 1.0 if self.config.resolved_projection in ("identity", "none") else 0.1
+        state, x = memory(nn.gelu(own + damping * seen))
+        return state, jnp.concatenate([self.core_norm(x), nn.gelu(apply_flat(self.detour, nn.gelu(seen)))], -1)
 
     def policy(self, x):
-        """x (..., width), the memory's output -> distribution of actions (...)."""
-        logits = apply_flat(lambda x: self.policy_head(nn.gelu(self.actor(self.core_norm(x)))), x)
+        """x of perceive -> distribution of actions (...)."""
+        logits = apply_flat(lambda x: self.policy_head(nn.gelu(self.actor(x))), x)
         if self.discrete:
             return distrax.Categorical(logits=logits)
         return envs.continuous_policy(self.config.policy, logits, self.num_outputs)
 
     def value(self, x, inputs):
-        """x (..., width), inputs (..., input_size + privileged_size) -> (...) float32, in units of the reward scale."""
-        x, privileged = self.core_norm(x), self.input_norm(inputs)[..., len(self.output_of_input):]
+        """x of perceive, inputs (..., input_size + privileged_size) -> (...) float32, in units of the reward scale."""
+        privileged = self.input_norm(inputs)[..., len(self.output_of_input):]
         if privileged.shape[-1]:
             x = jnp.concatenate([x, apply_flat(self.privileged_encoder, privileged)], -1)
         return apply_flat(lambda x: self.value_head(nn.gelu(self.critic(x))), x)[..., 0]
 
     def __call__(self, state, inputs, reset):
         """Whole sequences: inputs (T, B, input_size + privileged_size), reset (T, B) -> state, policy, value (T, B)."""
-        state, x = self.core(state, self.encode(inputs), reset)
+        state, x = self.perceive(inputs, lambda x: self.core(state, x, reset))
         return state, self.policy(x), self.value(x, inputs)
 
     def prepare(self):
@@ -241,8 +253,8 @@ class ActorCritic(nn.Module):
         return self.core.prepare()
 
     def act(self, prepared, state, inputs, reset, outputs=math.inf):
-        """One step: inputs (B, input_size), reset (B,) -> state, policy, memory's output (B,); outputs: see encode."""
-        state, x = self.core.step(prepared, state, self.encode(inputs, outputs), reset)
+        """One step: inputs (B, input_size), reset (B,), outputs as in perceive -> state, policy (B,), perceive's x."""
+        state, x = self.perceive(inputs, lambda x: self.core.step(prepared, state, x, reset), outputs)
         return state, self.policy(x), x
 
     def step(self, prepared, state, inputs, reset):
