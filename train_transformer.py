@@ -179,7 +179,7 @@ class Config(MemoryConfig):
     """how the agent meets a task; auto: gaussian for DMControl, none elsewhere"""
     obs_size: int = 12  # size of a projected observation
     action_size: int = 2  # size of the agent's action before projection
-    action_repeat: int = 1  # environment steps that an action lasts
+    action_repeat: int = 0  # environment steps that an action lasts (0: two of DMControl, else one)
     episodes_per_trial: int = 1  # the memory is reset after so many episodes
     observe_change: bool = True  # also show the change of the projected observation
     identify: bool = True  # also show what sysid.py finds out: inner products that no random projection hides
@@ -209,8 +209,12 @@ class Config(MemoryConfig):
     SWEEPABLE: ClassVar = ("lr", "gamma", "gae_lambda", "clip_eps", "ent_coef", "vf_coef")  # traced values
 
     @property
+    def resolved_repeat(self) -> int:
+        return self.action_repeat or 1 + all(map(envs.is_dmc, self.env))
+
+    @property
     def steps_per_update(self) -> int:
-        return self.num_envs * self.num_steps * self.action_repeat
+        return self.num_envs * self.num_steps * self.resolved_repeat
 
     @property
     def num_updates(self) -> int:
@@ -223,9 +227,9 @@ class Config(MemoryConfig):
     def __post_init__(self):
         rules = {
             "at least 1": (lambda x: x >= 1, "width layers total_timesteps num_envs num_steps log_every update_epochs "
-                           "num_minibatches action_repeat episodes_per_trial obs_size action_size action_bins"),
+                           "num_minibatches episodes_per_trial obs_size action_size action_bins"),
             "positive": (lambda x: x > 0, "lr clip_eps max_grad_norm"),
-            "non-negative": (lambda x: x >= 0, "ent_coef vf_coef"),
+            "non-negative": (lambda x: x >= 0, "action_repeat ent_coef vf_coef"),
             "in [0, 1]": (lambda x: 0 <= x <= 1, "gamma gae_lambda")}
         for rule, (holds, names) in rules.items():
             for name in names.split():
@@ -238,9 +242,10 @@ class Config(MemoryConfig):
 
 def make_lanes(config: Config, **changes: Any) -> envs.Lanes:
     """The environments that `config` describes; `changes` replace arguments of envs.Lanes."""
-    same_name = "obs_size action_size episodes_per_trial action_repeat observe_change backend"
+    same_name = "obs_size action_size episodes_per_trial observe_change backend"
     return envs.Lanes(**{name: getattr(config, name) for name in same_name.split()} | dict(
-        tasks=config.env, num_lanes=config.num_envs, identify=config.identify and config.memory == "full",
+        tasks=config.env, num_lanes=config.num_envs, action_repeat=config.resolved_repeat,
+        identify=config.identify and config.memory == "full",
         privileged=config.privileged_critic, projection=config.resolved_projection,
         env_kwargs=envs.parse_kwargs(config.env_kwargs)) | changes)
 

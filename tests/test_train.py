@@ -28,7 +28,8 @@ import train_transformer
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAINERS = (train_s5, train_lstm, train_transformer)
-SMALL = dict(width=8, num_envs=8, num_steps=16, num_minibatches=2, update_epochs=2, log_every=2, layers=1)
+SMALL = dict(width=8, num_envs=8, num_steps=16, num_minibatches=2, update_epochs=2, log_every=2, layers=1,
+             action_repeat=1)
 SIZES = ["--width", "8", "--num-envs", "8", "--num-steps", "16", "--num-minibatches", "2", "--layers", "1"]
 FLAGS = [*SIZES, "--no-evaluate", "--no-tensorboard"]
 bitwise = jax.tree_util.Partial(jax.tree.map, np.testing.assert_array_equal)
