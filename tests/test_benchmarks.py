@@ -63,9 +63,9 @@ def test_train(tmp_path):
     np.testing.assert_allclose(sum(parts), 100, 1e-2)
     assert float(row["cached_compile_s"]) > 0 and float(row["cold_compile_s"]) > 0
     assert float(row["megabytes"]) > 0 and np.isfinite(float(row["of_matmul_%"]))
-    # products per step: encoder (13 inputs), B and C, gated unit, two hidden heads, value, two logits
-    encoder, others = 13 * 8, 2 * 6 * 8 + 2 * 8 * 8 + 2 * 8 * 8 + 8 + 2 * 8
-    seen = 4 * 4 * 8  # epochs, lanes, steps; the encoder's inputs need no gradient
+    # products per step: encoders (13 inputs), detour, B and C, gated unit, two hidden heads, value, two logits
+    encoder, others = 13 * 8, 8 * 8 + 2 * 6 * 8 + 2 * 8 * 8 + 2 * 16 * 8 + 8 + 2 * 8
+    seen = 4 * 4 * 8  # epochs, lanes, steps; the encoders' inputs need no gradient
     np.testing.assert_allclose(float(row["gflop"]), seen * 2 * (2 * encoder + 3 * others) / 1e9, rtol=1e-3)
 
 
