@@ -41,7 +41,7 @@ def main():
     kwargs = options.env_kwargs if options.env_kwargs is not None else ["memory_length=32"] * chain
     base = dict(env=(options.env,), env_kwargs=tuple(kwargs), total_timesteps=options.total_timesteps,
                 num_envs=32)
-    base |= dict(lr=3e-3, gae_lambda=0.5, width=32) if chain else dict(num_envs=64, action_repeat=2)
+    base |= dict(lr=3e-3, gae_lambda=0.5, width=32) if chain else dict(num_envs=64)
     base |= {"width": options.width} if options.width else {}
     variants = VARIANTS | (PROJECTIONS if envs.is_dmc(options.env) else {})
     table = Table(options.out)

@@ -34,7 +34,8 @@ def main():
     options = parser.parse_args()
     table = Table(options.out)
     for task in options.tasks:
-        config = train_s5.Config(env=(task,), projection="none", num_envs=64, total_timesteps=options.total_timesteps)
+        config = train_s5.Config(env=(task,), projection="none", num_envs=64, action_repeat=1,  # as the published ones
+                                 total_timesteps=options.total_timesteps)
         found = mean_interval(train_seeds(train_s5, config, options.seeds)["returns"])
         table.add(task=task, **{"return": found.pop("mean")}, **found, published=PUBLISHED.get(task, ""),
                   steps=config.num_updates * config.steps_per_update)
