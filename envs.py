@@ -178,9 +178,13 @@ def shape_matrix(normal, kind):
     if kind == "orthogonal":
         if rows < cols:
             return shape_matrix(normal.mT, kind).mT / math.sqrt(cols / rows)
-        q, r = jnp.linalg.qr(normal)
-        sign = jnp.where(jnp.diagonal(r, axis1=-2, axis2=-1) < 0, -1.0, 1.0)  # makes the distribution uniform
-        return q * sign[..., None, :] * math.sqrt(rows / cols)
+        q = jnp.zeros_like(normal)  # Gram and Schmidt's way, not LAPACK's: see sysid.solve
+        for j in range(cols):
+            column = normal[..., j]
+            for _ in range(2):  # a second time, because of rounding
+                column = column - (q * (q * column[..., None]).sum(-2, keepdims=True)).sum(-1)
+            q = q.at[..., j].set(column / jnp.linalg.norm(column, axis=-1, keepdims=True))
+        return q * math.sqrt(rows / cols)
     return jnp.broadcast_to(jnp.eye(rows, cols, dtype=normal.dtype), normal.shape)
 
 

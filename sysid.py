@@ -147,5 +147,15 @@ def outer(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def solve(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a^{-1} b for symmetric positive definite a (..., k, k) and b (..., k, j)."""
-    return jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(a), True), b)
+    """a^{-1} b for symmetric positive definite a (..., k, k) and b (..., k, j): Gauss and Jordan's, without pivots.
+
+    Not LAPACK's: on a CPU jaxlib's batched routines hold a thread of XLA's pool while they wait for others of them, so
+    that as many calls at once as there are threads wait for ever.
+    """
+    k = a.shape[-1]
+
+    def eliminate(i, m):
+        row = m[..., i, :] / m[..., i, i, None]
+        return (m - m[..., :, i, None] * row[..., None, :]).at[..., i, :].set(row)
+
+    return jax.lax.fori_loop(0, k, eliminate, jnp.concatenate([a, b], -1))[..., k:]
