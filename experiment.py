@@ -72,7 +72,7 @@ class Options:
     sweep: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """NAME=V1,V2,...; may be given several times: every combination times every seed in one compiled function"""
     sweep_chunk: int = 0  # run the sweep in equal parts of so many settings x seeds (0: all at once)
-    devices: int = 0  # of all processes together (0: all that can be used, of a CPU one core a process)
+    devices: int = 0  # of all processes together (0: all that can be used; of a CPU every core is one)
     preset: Literal["cpu", "accelerator"] = dataclasses.field(
         default_factory=lambda: "cpu" if jax.default_backend() == "cpu" else "accelerator")
     """decides on the default sizes; its own default is this machine's"""
@@ -232,13 +232,7 @@ def mesh_shape(config: Any, options: Options, existing: int, processes: int = 1)
 def device_mesh(config: Any, options: Options) -> Mesh:
     """The devices to train on, with the axes member and data; ValueError as in mesh_shape."""
     processes = jax.process_count()
-    if jax.default_backend() == "cpu" and not options.devices:
-        options = dataclasses.replace(options, devices=processes)  # cores as devices only if asked for
     shape = mesh_shape(config, options, jax.device_count(), processes)
-    if jax.default_backend() == "cpu" and math.prod(shape) > 1 and int(os.environ.get("NPROC", 0)) < 8 * len(
-            jax.local_devices()):
-        raise ValueError("cores as devices wait for each other in XLA's threads, of which there must be enough not to "
-                         f"wait for ever: set the environment variable NPROC={8 * len(jax.local_devices())}")
     devices = [jax.local_devices(process)[:math.prod(shape) // processes] for process in range(processes)]
     return Mesh(np.array(devices).reshape(shape), ("member", "data"))
 

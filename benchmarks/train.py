@@ -175,10 +175,9 @@ def scaling(trainers, repeats, out):
     parts = ("environment", "acting", "update")
     for name in trainers:
         for devices, count in sorted({(1, 1), (1, counts[-1]), *((count, count) for count in counts)}):
-            threads = {"NPROC": str(8 * devices)} if devices > 1 else {}
             done = subprocess.run(
                 [sys.executable, __file__, "--trainers", name, "--share", str(devices), "--repeats", str(repeats)],
-                env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)} | threads, stdout=subprocess.PIPE,
+                env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}, stdout=subprocess.PIPE,
                 text=True, check=True, preexec_fn=lambda: os.sched_setaffinity(0, cores[:count]))
             found = json.loads(done.stdout.splitlines()[-1])
             if count == 1:

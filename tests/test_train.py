@@ -371,7 +371,7 @@ def test_kill_and_resume_is_bit_identical(trainer, devices, tmp_path):
     """SIGKILL at random moments, resume until done: the same metrics.csv as a run that nobody killed."""
     flags = ["--env", "CartPole-v1", "--total-timesteps", "20000", "--log-every", "4", "--checkpoint-minutes", "0",
              "--runs-dir", str(tmp_path), "--devices", str(devices), *FLAGS]
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "NPROC": "32"}
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     assert command(trainer, *flags, "--name", "whole", env=env).returncode == 0
     rng, kills = random.Random(0), 0
     script = [sys.executable, str(ROOT / f"{trainer}.py")]
@@ -548,7 +548,7 @@ def test_devices_equal_one(tmp_path):
     one = None
     for devices, seeds in ((1, 1), (4, 1), (4, 2)):
         done = command("train_s5", *flags, "--name", f"{devices}x{seeds}", "--num-seeds", str(seeds),
-                       "--devices", str(devices), env={"JAX_NUM_CPU_DEVICES": str(devices), "NPROC": "32"})
+                       "--devices", str(devices), env={"JAX_NUM_CPU_DEVICES": str(devices)})
         assert done.returncode == 0, done.stderr
         assert f"on {devices} cpu" in done.stdout
         found = [{name: float(x or "nan") for name, x in row.items()} for row in rows(tmp_path / f"{devices}x{seeds}")
@@ -556,7 +556,7 @@ def test_devices_equal_one(tmp_path):
         params = jax.tree.map(lambda x: x[0], evaluate.load(tmp_path / f"{devices}x{seeds}").params)
         one = one or (found, params)
         close((found, params), one)
-    done = command("train_s5", "--resume", str(tmp_path / "4x1"), env={"JAX_NUM_CPU_DEVICES": "2", "NPROC": "32"})
+    done = command("train_s5", "--resume", str(tmp_path / "4x1"), env={"JAX_NUM_CPU_DEVICES": "2"})
     assert done.returncode == 2 and "devices=4, but there are 2" in done.stderr and done.stderr.count("\n") == 1
 
 
@@ -588,7 +588,7 @@ def test_two_processes_survive_kills(tmp_path):
         return [subprocess.Popen(
             [sys.executable, str(ROOT / "train_s5.py"), *flags, "--coordinator", coordinator, "--num-processes", "2",
              "--process-id", str(i)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-            env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "NPROC": "8"}) for i in range(2)]
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}) for i in range(2)]
 
     def finish(pair):
         for process in pair:
