@@ -137,7 +137,7 @@ class Config(MemoryConfig):
 
     @property
     def resolved_repeat(self) -> int:
-        return self.action_repeat or 1 + all(map(envs.is_dmc, self.env))
+        return self.action_repeat or (2 if all(map(envs.is_dmc, self.env)) else 1)
 
     @property
     def steps_per_update(self) -> int:
@@ -220,16 +220,17 @@ class ActorCritic(nn.Module):
         self.policy_head = nn.Dense(self.num_outputs * per_action, kernel_init=nn.initializers.orthogonal(0.01))
 
     def perceive(self, inputs, memory, outputs=math.inf):
-        """inputs (..., input_size or more), memory: its input -> state, output. To state, x (..., 2 width) for heads.
+        """(state, x (..., 2 width) for the heads) of inputs (..., input_size or more).
 
-        What comes of observations is also led around the memory. Into it projected ones, many numbers and at first all
-        noise, go damped, or they would drown action and reward. outputs: how many numbers of one are shown.
+        memory maps its input (..., width) to (state, output (..., width)). What comes of observations also goes around
+        it; into it, damped where they are projected: many numbers, at first all noise, they would drown action and
+        reward. outputs: how many numbers of a projected observation are shown.
         """
-        output = np.array(self.output_of_input)
-        shown = output < jnp.expand_dims(0 if self.config.observe == "none" else outputs, -1)
-        x = jnp.where(shown, self.input_norm(inputs)[..., :len(output)], 0.0)  # hidden is at 0, its mean
-        own = apply_flat(self.own_encoder, x[..., output < 0])
-        seen = apply_flat(self.observation_encoder, x[..., output >= 0])
+        output_of = np.array(self.output_of_input)
+        shown = output_of < jnp.expand_dims(0 if self.config.observe == "none" else outputs, -1)
+        x = jnp.where(shown, self.input_norm(inputs)[..., :len(output_of)], 0.0)  # hidden is at 0, its mean
+        own = apply_flat(self.own_encoder, x[..., output_of < 0])
+        seen = apply_flat(self.observation_encoder, x[..., output_of >= 0])
         damping = 1.0 if self.config.resolved_projection in ("identity", "none") else 0.1
         state, x = memory(nn.gelu(own + damping * seen))
         return state, jnp.concatenate([self.core_norm(x), nn.gelu(apply_flat(self.detour, nn.gelu(seen)))], -1)

@@ -325,7 +325,10 @@ def draw_metacart(runs):
 
 
 def read_six(folder):
-    """(memory, seeds' rows of metrics.csv as arrays) of a run on the six tasks. Raises ValueError if it is another."""
+    """(memory, million frames planned), seeds' rows of metrics.csv as arrays; of a run on the six tasks.
+
+    The plan belongs to it because the learning rate follows it. Raises ValueError if it is a run on other tasks.
+    """
     config, _ = experiment.read_run(folder)
     tasks = [task.removeprefix("dmc:") for task in config.env]
     if set(tasks) != set(envs.TRAIN_TASKS):
@@ -337,7 +340,7 @@ def read_six(folder):
     for r in experiment.read_metrics(folder):
         values = [r[f"return/{name}"] for name in config.env]
         seeds.setdefault(r["seed"], []).append([r["steps"], *[values[tasks.index(t)] for t in envs.TRAIN_TASKS]])
-    return memory, [np.array(rows) for rows in seeds.values()]
+    return (memory, config.total_timesteps / 1e6), [np.array(rows) for rows in seeds.values()]
 
 
 def near(rows, steps):
@@ -351,14 +354,14 @@ def near(rows, steps):
 def draw_dmcontrol(folders):
     series = {}
     for folder in folders:
-        memory, seeds = read_six(folder)
-        series.setdefault(memory, []).extend(seeds)
+        plan, seeds = read_six(folder)
+        series.setdefault(plan, []).extend(seeds)
     reference = {}
     for r in read_csv(PAPER / "reference_dmcontrol.csv"):
         reference.setdefault((r["task"], r["memory"]), []).append((float(r["million_frames"]), float(r["return"])))
-    names = ("mean of the six", *envs.TRAIN_TASKS)
+    names, longest = ("mean of the six", *envs.TRAIN_TASKS), max(planned for _, planned in series)
     rows = []
-    for memory, seeds in series.items():
+    for (memory, planned), seeds in series.items():
         for i, name in enumerate(names):
             theirs = np.array(reference.get((name, memory), [(np.nan, np.nan)]))
             for budget in BUDGETS:
@@ -368,21 +371,21 @@ def draw_dmcontrol(folders):
                 if len(found):
                     within = theirs[0, 0] <= budget <= theirs[-1, 0]
                     paper = float(np.interp(budget, *theirs.T)) if within else ""
-                    rows.append(row(memory, f"{name}, {budget} million", paper, found, 1e6 * budget))
+                    rows.append(row(memory, f"{name}, {budget} of {planned:g} million", paper, found, 1e6 * budget))
 
     def panel(axis, line, column):
         i = 4 * line + column
         if i >= len(names):
             axis.axis("off")
             return
-        for memory, seeds in series.items():
+        for (memory, planned), seeds in series.items():
             colour = COLOURS[memory]
             end = max(s[-1, 0] for s in seeds)
             x = np.geomspace(min(s[0, 0] for s in seeds) / 0.95, end, 80)
             y = np.array([[near(s, steps) for steps in x] for s in seeds])  # (seeds, 80, tasks)
             y = y.mean(2) if i == 0 else y[..., i - 1]
-            axis.plot(x / 1e6, experiment.nanmean(y, 0), color=colour,
-                      label=f"{memory}, {len(seeds)} seeds, {end / 1e6:.3g}M")
+            axis.plot(x / 1e6, experiment.nanmean(y, 0), color=colour, alpha=1 if planned == longest else 0.5,
+                      label=f"{memory}, {len(seeds)} seeds, {end / 1e6:.3g} of {planned:g}M")
             axis.fill_between(x / 1e6, np.fmin.reduce(y, 0), np.fmax.reduce(y, 0), color=colour, alpha=0.2, lw=0)
             if (names[i], memory) in reference:
                 axis.plot(*zip(*reference[names[i], memory]), ":", color=colour)

@@ -168,9 +168,9 @@ def test_reproduce_compares_curves_at_equal_frames(reproduce, tmp_path):
     write_run(reproduce, tmp_path / "six", train_s5.Config(), rows)
     found = {r["at"]: r for r in reproduce.draw_dmcontrol([tmp_path / "six"])}
     assert len(found) == 7 * 3  # at 5, 10 and 20 million
-    assert (found["mean of the six, 20 million"]["paper"], found["mean of the six, 20 million"]["ours"]) == (150, 80)
-    assert found["finger-spin, 10 million"]["ours"] == 35 and found["finger-spin, 10 million"]["worst"] == 30
-    assert found["mean of the six, 5 million"]["paper"] == ""
+    mean, spin = found["mean of the six, 20 of 20 million"], found["finger-spin, 10 of 20 million"]
+    assert (mean["paper"], mean["ours"]) == (150, 80) and (spin["ours"], spin["worst"]) == (35, 30)
+    assert found["mean of the six, 5 of 20 million"]["paper"] == ""
     write_run(reproduce, tmp_path / "one", train_s5.Config(env=("reacher-easy",)), rows)
     with pytest.raises(ValueError, match="not on the six"):
         reproduce.draw_dmcontrol([tmp_path / "one"])

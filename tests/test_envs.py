@@ -79,7 +79,7 @@ def rollout(lanes, steps, state=None):
     """Runs lanes from reset (or state) with uniformly random actions.
 
     Returns the last state and a dict of numpy arrays (steps, N, ...): the LaneStep's fields, action, and
-    input, what the agent saw when it acted; plus qpos (if there) of the first task's state before the step.
+    input, what the agent saw when it acted; plus env, the first task's state before the step, and its qpos (if there).
     """
     if state is None:
         state = quick(lanes.reset)(KEY)[0]
@@ -92,7 +92,8 @@ def rollout(lanes, steps, state=None):
             action = jax.random.uniform(key, (lanes.num_lanes, lanes.action_size), minval=-1.5, maxval=1.5)
         new, inputs, out = lanes.step(state, action, t)
         record = out._asdict() | {"input": state.input, "action": action, "obs_matrix": state.obs_matrix,
-                                  "act_matrix": state.act_matrix, "qpos": getattr(state.env[0], "qpos", None)}
+                                  "act_matrix": state.act_matrix, "qpos": getattr(state.env[0], "qpos", None),
+                                  "env": state.env[0]}
         return new, record
 
     run = RUNS.setdefault((lanes, steps), quick(lambda s, t: jax.lax.scan(step, s, t)))
@@ -306,8 +307,11 @@ def test_trials_of_several_episodes():
     np.testing.assert_allclose(ends[..., 12:14], action[t % 6 == 5], rtol=1e-6)
     np.testing.assert_allclose(ends[..., 14], out["reward"][t % 6 == 5])
     np.testing.assert_allclose(ends[..., 17:], ends[..., :12] - inputs[t % 6 == 5][..., :12], atol=1e-6)
-    moved = np.abs(ends[:, :, :12] - inputs[t % 6 == 5][..., :12]).mean()
-    assert moved < np.abs(inputs[6::6][..., :12] - inputs[5:-1:6][..., :12]).mean()
+    before, key = jax.tree.map(lambda x: x[t % 6 == 5], out["env"]), jax.random.PRNGKey(0)
+    control = np.clip(np.einsum("tnij,tnj->tni", out["act_matrix"], action), -1, 1)[t % 6 == 5]
+    step = jax.vmap(jax.vmap(lambda state, control: lanes.envs[0].step_env(key, state, control, lanes.params[0])[0]))
+    projected = np.einsum("tnij,tnj->tni", out["obs_matrix"][t % 6 == 5], jax.jit(step)(before, control))
+    np.testing.assert_allclose(ends[..., :12], np.sign(projected) * np.log1p(np.abs(projected)), rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(inputs[::6][..., 17:], 0)
     change = np.diff(inputs[..., :12], axis=0)
     np.testing.assert_allclose(inputs[1:, :, 17:][within], change[within], atol=1e-6)
