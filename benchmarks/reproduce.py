@@ -385,7 +385,7 @@ def draw_dmcontrol(folders):
             y = np.array([[near(s, steps) for steps in x] for s in seeds])  # (seeds, 80, tasks)
             y = y.mean(2) if i == 0 else y[..., i - 1]
             axis.plot(x / 1e6, experiment.nanmean(y, 0), color=colour, alpha=1 if planned == longest else 0.5,
-                      label=f"{memory}, {len(seeds)} seeds, {end / 1e6:.3g} of {planned:g}M")
+                      label=f"{memory}, seeds: {len(seeds)}, {end / 1e6:.3g} of {planned:g}M")
             axis.fill_between(x / 1e6, np.fmin.reduce(y, 0), np.fmax.reduce(y, 0), color=colour, alpha=0.2, lw=0)
             if (names[i], memory) in reference:
                 axis.plot(*zip(*reference[names[i], memory]), ":", color=colour)
