@@ -175,10 +175,11 @@ def scaling(trainers, repeats, out):
     parts = ("environment", "acting", "update")
     for name in trainers:
         for devices, count in sorted({(1, 1), (1, counts[-1]), *((count, count) for count in counts)}):
+            os.sched_setaffinity(0, cores[:count])  # inherited
             done = subprocess.run(
                 [sys.executable, __file__, "--trainers", name, "--share", str(devices), "--repeats", str(repeats)],
                 env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}, stdout=subprocess.PIPE,
-                text=True, check=True, preexec_fn=lambda: os.sched_setaffinity(0, cores[:count]))
+                text=True, check=True)
             found = json.loads(done.stdout.splitlines()[-1])
             if count == 1:
                 one = found
