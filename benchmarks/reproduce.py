@@ -235,7 +235,7 @@ def draw_popgym(runs):
                      color=COLOURS[memory], alpha=0.35, label=f"{memory}, paper")
             reached = min((r["million_frames"] for r in mine), default=0)
             axis.bar(x + 0.06, ours, 0.12, yerr=np.nan_to_num([ours - low, high - ours]), color=COLOURS[memory],
-                     capsize=2, label=f"{memory}, {reached:.3g}M")
+                     capsize=2, label=f"{memory}, {reached:.3g}M or more")
         names = [task.replace("Stateless", "\nStateless\n").replace("Hard", "") for task in POPGYM]
         axis.set_xticks(range(len(POPGYM)), names, fontsize=6)
         axis.set_ylabel("best mean return, hard")
