@@ -175,7 +175,7 @@ def scaling(trainers, repeats, out):
     parts = ("environment", "acting", "update")
     for name in trainers:
         for devices, count in sorted({(1, 1), (1, counts[-1]), *((count, count) for count in counts)}):
-            os.sched_setaffinity(0, cores[:count])  # inherited
+            os.sched_setaffinity(0, cores[:count])  # which the process inherits
             done = subprocess.run(
                 [sys.executable, __file__, "--trainers", name, "--share", str(devices), "--repeats", str(repeats)],
                 env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}, stdout=subprocess.PIPE,

@@ -182,6 +182,7 @@ def test_reproduce_compares_equal_parameters(load):
     for run in reproduce.runs_of("popgym") + reproduce.runs_of("metacart"):
         trainer = {"train_s5.py": train_s5, "train_lstm.py": train_lstm}[run.command[0]]
         config, options = reproduce.experiment.parse_flags(trainer.Config, args=run.command[1:])
+        assert not config.observe_change  # that is the velocity, which these tasks hide
         assert options.seed == run.seed and config.env == (f"popgym:{run.task}",)
         memory = trainer.make_memory(config, jnp.float32)
         x, reset = jnp.zeros((1, 1, config.width)), jnp.zeros((1, 1), bool)
