@@ -8,12 +8,14 @@
     python benchmarks/reproduce.py popgym --draw       # run nothing
 
 Runs live in runs/paper/, one process per core. Kill it at any moment: the same command goes on where it was, and a
-figure shows what there is and says how far it has come. Writes results/paper/*.csv, *.png and a table, README.md; the
-paper's numbers are in results/paper/reference_*.csv. Deviations from its settings are given where they are chosen.
+figure shows what there is and says how far it has come. A run folder made with other flags is refused. Writes
+results/paper/*.csv, *.png and a table, README.md; the paper's numbers are in results/paper/reference_*.csv. Deviations
+from its settings are given where they are chosen.
 """
 
 import argparse
 import csv
+import importlib
 import json
 import os
 import queue
@@ -70,10 +72,15 @@ class Run(NamedTuple):
     task: str = ""
 
     def reached(self):
-        """Environment steps of the run folder so far."""
-        if not (self.path / "metrics.csv").exists():
+        """Environment steps of the run folder so far. ValueError: it was made with other flags than these."""
+        if not (self.path / "config.json").exists():
             return 0
-        rows = experiment.read_metrics(self.path)
+        trainer = importlib.import_module(Path(self.command[0]).stem)
+        config, options = experiment.read_run(self.path, trainer.Config)
+        flags = [*self.command[1:], "--preset", options.preset]
+        if experiment.parse_flags(trainer.Config, args=flags)[0] != config:
+            raise ValueError(f"{self.path} was made with other flags than {' '.join(flags)}: move it away")
+        rows = experiment.read_metrics(self.path) if (self.path / "metrics.csv").exists() else []
         return int(rows[-1]["steps"]) if rows else 0
 
     def todo(self):

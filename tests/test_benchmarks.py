@@ -154,10 +154,16 @@ def test_reproduce_scores_popgym_by_its_best_update(reproduce):
     for run, best in zip(runs, (0.8, -0.4)):
         rows = [{"update": i, "steps": 100 * i, "seed": 0, "return/popgym:RepeatPreviousHard": x}
                 for i, x in ((1, best), (2, best - 0.3))]
-        write_run(reproduce, run.path, train_s5.Config(), rows)
+        config, _ = reproduce.experiment.parse_flags(train_s5.Config, args=run.command[1:])
+        write_run(reproduce, run.path, config, rows)
     s5, none = reproduce.draw_popgym(runs)
     assert (s5["ours"], s5["paper"], none["ours"], none["paper"]) == (0.8, 0.91, -0.4, -0.48)
     assert s5["million_frames"] == 2e-4
+    reproduce.PPO.append("--no-observe-change")  # what was made without this flag is neither gone on with nor drawn
+    [changed] = reproduce.trainer_runs("popgym", 200, {"S5": []}, ("RepeatPreviousHard",))
+    for use in (changed.todo, lambda: reproduce.draw_popgym([changed])):
+        with pytest.raises(ValueError, match="made with other flags"):
+            use()
 
 
 def test_reproduce_compares_curves_at_equal_frames(reproduce, tmp_path):
