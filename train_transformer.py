@@ -316,7 +316,7 @@ class ActorCritic(nn.Module):
         return envs.continuous_policy(self.config.policy, logits, self.num_outputs)
 
     def value(self, x, inputs):
-        """x of perceive, inputs (..., input_size + privileged_size) -> (...) float32, in units of the reward scale."""
+        """x of perceive, inputs (..., input_size + privileged_size) -> (...) float32, in the scale of its task."""
         privileged = self.input_norm(inputs)[..., len(self.output_of_input):]
         if privileged.shape[-1]:
             x = jnp.concatenate([x, apply_flat(self.privileged_encoder, privileged)], -1)
@@ -352,8 +352,8 @@ class RunnerState(NamedTuple):
     inputs: jax.Array  # (N, input_size + privileged_size) what the agent and its critic see next
     memory: Any  # memory state before that
     reset: jax.Array  # (N,) whether the memory is to be reset before that
-    returns: jax.Array  # (N,) running discounted return, for the reward scale
-    return_stats: dict[str, jax.Array]  # its count, mean and variance
+    returns: jax.Array  # (N,) running discounted return, for the scale of rewards
+    return_stats: dict[str, jax.Array]  # its count, mean and variance in each task (tasks,)
     hyper: dict[str, jax.Array]  # Config.SWEEPABLE values
     key: jax.Array
     num_updates: jax.Array
@@ -408,6 +408,23 @@ def gae(reward, value, last_value, final_value, terminated, trial_end, gamma, la
     return jax.lax.scan(backward, jnp.zeros_like(last_value), (delta, decay), reverse=True, unroll=8)[1]
 
 
+def scale_per_task(reward, trial_end, returns, stats, gamma, lanes) -> tuple[jax.Array, jax.Array, Any]:
+    """Rewards (T, N) over the running deviation of their task's discounted sums, and these sums and their statistics.
+
+    With one scale for all tasks a critic learns nothing of those that pay little: their errors would hardly count. The
+    least scale is a hundredth of the largest. trial_end (T, N), returns (N,), stats {"count", "mean", "var"} (tasks,).
+    """
+    def accumulate(total, x):
+        total = total * gamma + x[0]
+        return total * (1.0 - x[1]), total
+
+    returns, history = jax.lax.scan(accumulate, returns, (reward, trial_end), unroll=8)
+    by_task = history.reshape(len(history), len(lanes.tasks), -1)  # (T, N) -> (T, tasks, N / tasks)
+    stats = merge_stats(stats, lanes.shards * by_task[:, 0].size, *lanes.moments(by_task, (0, 2)))
+    deviation = jnp.sqrt(stats["var"])
+    return reward / jnp.maximum(deviation, 0.01 * deviation.max() + 1e-4)[lanes.lane_task], returns, stats
+
+
 def normalise_per_task(advantage: jax.Array, lanes: envs.Lanes) -> jax.Array:
     """Advantages (T, N) standardised within each task, so that every task weighs the same."""
     by_task = advantage.reshape(len(advantage), len(lanes.tasks), -1)  # (T, N) -> (T, tasks, N / tasks)
@@ -453,7 +470,8 @@ def make_train(config: Config, shards: int = 1) -> Train:
         memory, reset = make_memory(config, jnp.float32).zero_state((N,)), jnp.ones(N, bool)
         params = network.init(net_key, memory, inputs[None], reset[None])
         values = {name: jnp.float32(getattr(config, name)) for name in config.SWEEPABLE} | (hyper or {})
-        return_stats = {"count": jnp.float32(1e-4), "mean": jnp.float32(0), "var": jnp.float32(1)}
+        start = {"count": 1e-4, "mean": 0.0, "var": 1.0}
+        return_stats = {k: jnp.full(len(lanes.tasks), v, jnp.float32) for k, v in start.items()}
         return RunnerState(params, optimiser.init(params), env_state, inputs, memory, reset, jnp.zeros(N),
                            return_stats, values, key, jnp.int32(0))
 
@@ -486,16 +504,6 @@ def make_train(config: Config, shards: int = 1) -> Train:
         runner = runner._replace(env_state=env_state, inputs=inputs, memory=memory, reset=reset, key=key)
         return runner, rollout, final_value, policy(memory, inputs, reset)[2]
 
-    def scale_rewards(runner, step):
-        """Rewards over the running standard deviation of their discounted sum, one scale for all tasks."""
-        def accumulate(total, x):
-            total = total * runner.hyper["gamma"] + x[0]
-            return total * (1.0 - x[1]), total
-
-        returns, history = jax.lax.scan(accumulate, runner.returns, (step.reward, step.trial_end), unroll=8)
-        stats = merge_stats(runner.return_stats, shards * T * N, *lanes.moments(history, (0, 1)))
-        return runner._replace(returns=returns, return_stats=stats), step.reward * jax.lax.rsqrt(stats["var"] + 1e-8)
-
     def loss_fn(params, hyper, memory, rollout, advantage, target):
         """The clipped loss on the whole sequences of a minibatch; memory: its state before their first step."""
         _, pi, value = network.apply(params, memory, rollout.inputs, rollout.reset)
@@ -519,10 +527,11 @@ def make_train(config: Config, shards: int = 1) -> Train:
     def update(runner):
         memory = runner.memory  # that of the rollout's start
         runner, rollout, final_value, last_value = collect(runner)
-        runner, reward = scale_rewards(runner, rollout.step)
-        hyper = runner.hyper
-        advantage = gae(reward, rollout.value, last_value, final_value, rollout.step.terminated,
-                        rollout.step.trial_end, hyper["gamma"], hyper["gae_lambda"])
+        hyper, step = runner.hyper, rollout.step
+        reward, returns, return_stats = scale_per_task(
+            step.reward, step.trial_end, runner.returns, runner.return_stats, hyper["gamma"], lanes)
+        advantage = gae(reward, rollout.value, last_value, final_value, step.terminated, step.trial_end,
+                        hyper["gamma"], hyper["gae_lambda"])
         target = advantage + rollout.value
         advantage = normalise_per_task(advantage, lanes)
         lr = hyper["lr"] * (1.0 - (runner.num_updates / config.num_updates if config.anneal_lr else 0.0))
@@ -547,8 +556,9 @@ def make_train(config: Config, shards: int = 1) -> Train:
         # inputs are normalised anew between iterations only, so that the update replays what was lived
         stats = merge_stats(params["stats"]["input_norm"], shards * T * N, *lanes.moments(rollout.inputs, (0, 1)))
         params = params | {"stats": {"input_norm": stats}}
-        runner = runner._replace(params=params, opt_state=opt_state, key=key, num_updates=runner.num_updates + 1)
-        return runner, jax.tree.map(jnp.mean, losses) | lanes.summary(rollout.step)
+        runner = runner._replace(params=params, opt_state=opt_state, returns=returns, return_stats=return_stats,
+                                 key=key, num_updates=runner.num_updates + 1)
+        return runner, jax.tree.map(jnp.mean, losses) | lanes.summary(step)
 
     return Train(init, update, collect, lanes, network, config.num_updates)
 

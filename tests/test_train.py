@@ -253,6 +253,32 @@ def test_gae_equals_definition(seed):
         np.testing.assert_allclose(ours[:, n], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_rewards_are_scaled_by_their_task():
+    """Over the running deviation of its own discounted sums: a task that pays 30 times as much looks no different."""
+    lanes = envs.Lanes(["cartpole-swingup", "reacher-easy", "finger-spin"], 6)
+    rng, gamma = np.random.default_rng(0), 0.9
+    reward, trial_end = np.abs(rng.normal(size=(2, 50, 6))), rng.random((2, 50, 6)) < 0.05
+
+    def scaled(pay):
+        returns, stats, found = jnp.zeros(6), {"count": jnp.zeros(3), "mean": jnp.zeros(3), "var": jnp.ones(3)}, []
+        for r, end in zip(reward * np.repeat(pay, 2), trial_end):
+            r, returns, stats = train_s5.scale_per_task(r, end, returns, stats, gamma, lanes)
+            found.append(r)
+        return np.array(found)
+
+    total, sums = np.zeros(6), []
+    for r, end in zip(reward.reshape(100, 6), trial_end.reshape(100, 6)):
+        total = gamma * total + r
+        sums.append(total.copy())
+        total[end] = 0.0
+    deviation = np.repeat(np.reshape(sums, (100, 3, 2)).std((0, 2)), 2)
+    np.testing.assert_allclose(scaled([1, 1, 1])[1], reward[1] / deviation, rtol=1e-4)
+    np.testing.assert_allclose(scaled([1, 30, 1]), scaled([1, 1, 1]), rtol=1e-4)
+    rare = scaled([1, 1, 1e-6])  # next to nothing is not made much of
+    np.testing.assert_allclose(rare[1][:, 4:], 1e-6 * reward[1][:, 4:] / (0.01 * deviation[:4].max() + 1e-4), rtol=1e-4)
+    assert (scaled([0, 0, 0]) == 0).all()
+
+
 @pytest.mark.parametrize("env,ends", [("CartPole-v1", "terminated"), ("Pendulum-v1", "truncated")])
 def test_final_values_of_real_tasks(env, ends):
     """CartPole terminates and needs no final value; Pendulum truncates after 200 steps and has one, which is the
