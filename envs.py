@@ -257,9 +257,10 @@ def pad_to(x, shape):
 
 @struct.dataclass
 class BinnedActions:
-    """A policy over continuous actions: in every dimension one of `bins` values, equally spaced in [-1.5, 1.5].
+    """A policy over continuous actions: in every dimension one of `bins` values in [-5, 5], denser around 0.
 
-    The bound is beyond 1, the limit of every actuator, because most projections make actions smaller.
+    The bound is far beyond 1, the limit of every actuator, because most projections leave some direction of control
+    weak; small values are there for those that are strong.
     """
 
     logits: jax.Array  # (..., action_size, bins) float32
@@ -270,7 +271,8 @@ class BinnedActions:
 
     @property
     def values(self):
-        return jnp.linspace(-1.5, 1.5, self.logits.shape[-1])
+        x = jnp.linspace(-1.0, 1.0, self.logits.shape[-1])
+        return 5.0 * x * jnp.abs(x)
 
     def sample_and_log_prob(self, seed):
         """Actions (..., action_size) float32 and their log probabilities (...)."""

@@ -185,7 +185,7 @@ class Config(MemoryConfig):
     identify: bool = True  # also show what sysid.py finds out: inner products that no random projection hides
     privileged_critic: bool = True  # the critic, wanted in training only, also sees raw observations (arXiv 1710.06542)
     policy: Literal["categorical", "gaussian"] = "categorical"  # of continuous actions, see envs.continuous_policy
-    action_bins: int = 5  # values of a categorical policy in every dimension
+    action_bins: int = 9  # values of a categorical policy in every dimension
     observe: Literal["full", "none"] = "full"  # none: observations never reach the network (the blind control)
     memory: Literal["full", "none", "unreset"] = "full"  # none: reset at every step (memoryless); unreset: never
     backend: Literal["fused", "mjx"] = "fused"  # physics
