@@ -195,7 +195,7 @@ class Config(MemoryConfig):
     num_steps: int = 128  # steps of every environment between two updates
     log_every: int = 10  # updates between two log lines (one call of the compiled function)
     # PPO
-    lr: float = 7e-4  # Adam step size
+    lr: float = 5e-4  # Adam step size
     anneal_lr: bool = True  # let the step size fall linearly to zero
     update_epochs: int = 4  # passes over every rollout
     num_minibatches: int = 4  # per pass; made of whole lanes (environments), never of time slices
