@@ -564,7 +564,7 @@ def test_devices_equal_one(tmp_path):
     """One seed on 1 and 4 devices, two seeds on 2 x 2: the same metrics and parameters but for rounding.
 
     Sums over lanes are taken in another order, 1e-7 relative; Adam divides small gradients by their size and so makes
-    up to 1e-3 of that, of steps of 7e-4.
+    up to 1e-3 of that, of steps of 5e-4.
     """
     def close(a, b):
         jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-3, atol=1e-5), a, b)
