@@ -336,10 +336,17 @@ def gae(reward, value, last_value, final_value, terminated, trial_end, gamma, la
 
 
 def scale_per_task(reward, trial_end, returns, stats, gamma, lanes) -> tuple[jax.Array, jax.Array, Any]:
-    """Rewards (T, N) over the running deviation of their task's discounted sums, and these sums and their statistics.
+    """Rewards over the running deviation of their task's discounted sums, so that a critic's errors count alike in all.
 
-    With one scale for all tasks a critic learns nothing of those that pay little: their errors would hardly count. The
-    least scale is a hundredth of the largest. trial_end (T, N), returns (N,), stats {"count", "mean", "var"} (tasks,).
+    With one scale for all tasks it learns little of those that pay little (as van Hasselt et al., arXiv 1602.07714, for
+    targets). The least scale is a hundredth of the largest.
+
+    Args:
+      reward, trial_end: (T, N); returns: (N,) the discounted sums so far; gamma: scalar discount.
+      stats: their {"count", "mean", "var"}, (tasks,) each.
+
+    Returns:
+      (rewards (T, N), returns, stats), the last two after these steps.
     """
     def accumulate(total, x):
         total = total * gamma + x[0]
