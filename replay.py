@@ -70,7 +70,7 @@ SCENES = {  # of a domain, or of one task
         *(f"{name} speed" for name in CHEETAH_JOINTS)), FLOOR, follow=True),
     "finger": Scene((0, 2), (-0.55, 0.55, 0.0, 0.8), (*FINGER_OBS, "target x", "target z", "distance"), (
         ("spinner", circle((0, 0.13), 0.02, "tip")),)),
-    "hopper": Scene((0, 2), (-1.2, 1.2, -0.15, 1.65), (
+    "hopper": Scene((0, 2), (-1.2, 1.2, -0.15, 2.1), (
         "z", "pitch", *HOPPER_JOINTS, "speed x", "speed z", "pitch speed", *(f"{name} speed" for name in HOPPER_JOINTS),
         "touch toe", "touch heel"), FLOOR, follow=True),
     "pendulum": Scene((0, 2), (-0.8, 0.8, -0.1, 1.3), ("cos", "sin", "speed"), (
@@ -79,7 +79,7 @@ SCENES = {  # of a domain, or of one task
         *WALLS, ("world", circle((0, 0), 0.015, "target")))),
     "reacher": Scene((0, 1), (-0.33, 0.33, -0.33, 0.33), (
         "shoulder", "wrist", "to target x", "to target y", "shoulder speed", "wrist speed"), WALLS),
-    "walker": Scene((0, 2), (-1.6, 1.6, -0.15, 1.95), (
+    "walker": Scene((0, 2), (-1.6, 1.6, -0.15, 2.75), (
         *(f"{name} {part}" for part in ("torso", *WALKER_PARTS) for name in ("cos", "sin")), "height",
         "speed z", "speed x", "pitch speed", *(f"{name} speed" for name in WALKER_JOINTS)), FLOOR, follow=True)}
 EFFECTORS = ("ball", "finger", "fingertip", "mass", "pointmass")
