@@ -26,7 +26,6 @@ import importlib
 import os
 import sys
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -333,25 +332,20 @@ def measure(agent, tasks, trials, episodes, projections, sizes, shown):
         family = "gaussian" if own == "identity" else own
         columns |= {f"{family}, {size} of {everything}": (family, kind, reset, size) for size in sizes}
     names, (families, *variants) = [*jobs, *columns], zip(*jobs.values(), *columns.values())
-    variants, devices = Variants(*map(jnp.array, variants)), jax.local_devices()
-
-    def play(number):
-        device, by_seed, diverged = devices[number % len(devices)], [], 0
-        lanes = make_lanes(agent, tasks[number], trials, episodes)
-        start, rollout = make_start(agent, lanes, families), make_rollout(agent, lanes)
+    variants, diverged, found, steps = Variants(*map(jnp.array, variants)), 0, [], []
+    for task in tasks:
+        lanes = make_lanes(agent, task, trials, episodes)
+        start, rollout, by_seed = make_start(agent, lanes, families), make_rollout(agent, lanes), []
         for place in range(len(agent.seeds)):
+            keys = trial_keys(task, place)
             params = jax.tree.map(lambda x: x[place], agent.params)
-            params, keys = jax.device_put((params, trial_keys(tasks[number], place)), device)
             out = jax.device_get(rollout(params, *start(keys), variants, keys[3]))
             diverged += out["diverged"].sum()
             by_seed.append(reduce_trials(out, episodes, lanes.action_repeat))
-        # arrays (V, seeds, trials, ...)
-        return [np.stack(x, 1) for x in zip(*by_seed)], horizon(lanes) * lanes.action_repeat, diverged
-
-    with ThreadPoolExecutor(max(2, len(devices))) as pool:  # while one task compiles, another plays
-        found, steps, diverged = zip(*pool.map(play, range(len(tasks))))
-    if sum(diverged):
-        print(f"{agent.folder}: {sum(diverged)} trials diverged and were cut short there", file=sys.stderr)
+        found.append([np.stack(x, 1) for x in zip(*by_seed)])  # four arrays (V, seeds, trials, ...)
+        steps.append(horizon(lanes) * lanes.action_repeat)
+    if diverged:
+        print(f"{agent.folder}: {diverged} trials diverged and were cut short there", file=sys.stderr)
     found = [dict(zip(names, np.stack(x, 1))) for x in zip(*found)]
     table = {own: found[0][shown]} if projections else {}
     for name, (family, *_) in columns.items():
