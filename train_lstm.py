@@ -344,6 +344,7 @@ def scale_per_task(reward, trial_end, returns, stats, gamma, lanes) -> tuple[jax
     Args:
       reward, trial_end: (T, N); returns: (N,) the discounted sums so far; gamma: scalar discount.
       stats: their {"count", "mean", "var"}, (tasks,) each.
+      lanes: the envs.Lanes that were stepped: which lane has which task, and who shares them.
 
     Returns:
       (rewards (T, N), returns, stats), the last two after these steps.
