@@ -95,6 +95,7 @@ class Config(MemoryConfig):
     # PPO
     lr: float = 5e-4  # Adam step size
     anneal_lr: bool = True  # let the step size fall linearly to zero
+    anneal_entropy: bool = False  # let the entropy bonus fall likewise
     update_epochs: int = 4  # passes over every rollout
     num_minibatches: int = 4  # per pass; made of whole lanes (environments), never of time slices
     gamma: float = 0.995  # discount
@@ -440,7 +441,9 @@ def make_train(config: Config, shards: int = 1) -> Train:
                         hyper["gamma"], hyper["gae_lambda"])
         target = advantage + rollout.value
         advantage = normalise_per_task(advantage, lanes)
-        lr = hyper["lr"] * (1.0 - (runner.num_updates / config.num_updates if config.anneal_lr else 0.0))
+        remaining = 1.0 - runner.num_updates / config.num_updates
+        lr = hyper["lr"] * (remaining if config.anneal_lr else 1.0)
+        hyper = hyper | {"ent_coef": hyper["ent_coef"] * (remaining if config.anneal_entropy else 1.0)}
 
         def update_minibatch(train_state, lane_index):
             params, opt_state = train_state

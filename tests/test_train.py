@@ -367,6 +367,23 @@ def test_non_finite_gradients_skip_the_update():
     bitwise(after.params["params"], runner.params["params"])
 
 
+def test_step_size_and_entropy_bonus_fall_linearly():
+    """Half of the way through a run, an update is that of a run without annealing at half of both."""
+    config = small(train_s5, ent_coef=0.5, anneal_entropy=True)
+    falling = train_s5.make_train(config)
+    constant = train_s5.make_train(dataclasses.replace(config, anneal_lr=False, anneal_entropy=False))
+    runner = falling.init(jax.random.PRNGKey(0))._replace(num_updates=jnp.int32(config.num_updates // 2))
+    found = jax.jit(falling.update)(runner)[0].params["params"]
+
+    def expected(*halved):
+        hyper = runner.hyper | {name: runner.hyper[name] / 2 for name in halved}
+        return jax.jit(constant.update)(runner._replace(hyper=hyper))[0].params["params"]
+
+    bitwise(found, expected("lr", "ent_coef"))
+    with pytest.raises(AssertionError):
+        bitwise(found, expected("lr"))
+
+
 @pytest.mark.parametrize("memory", ["full", "none", "unreset"])
 def test_when_the_memory_is_reset(memory):
     train = train_s5.make_train(small(train_s5, memory=memory, num_steps=64))
