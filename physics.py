@@ -26,6 +26,7 @@ A model that needs anything else raises `NotImplementedError`: `backend="mjx"` i
 """
 import copy
 import math
+from functools import reduce
 from typing import NamedTuple
 
 import jax
@@ -700,13 +701,17 @@ def constrain(M, a0, groups, dtype):
 
 
 def newton(M, dofs, a0, groups, dtype):
-    """Primal Newton from the unconstrained acceleration, with a line search where plain steps may cycle."""
+    """Primal Newton from the unconstrained acceleration, with a line search where plain steps may cycle.
+
+    On a CPU turns end when no lane moves any more.
+    """
     start = np.array([a0[d] for d in dofs], object)
     members = [r for g in groups for r in g.members]
     smooth = all(r.lo == -math.inf if isinstance(r, Row) else not r.elliptic for r in members)
     iterations, evaluations = (5, 0) if smooth and len(dofs) <= 4 else (7, 3)  # enough: tests/test_physics.py
 
-    def iterate(_, values):
+    def iterate(values):
+        """(accelerations after a turn, the whole Newton step that it began with)."""
         a = np.array([Traced(x) for x in values], object)
         full = dict(zip(dofs, a))
         g, H = M @ (a - start), M.copy()
@@ -729,19 +734,26 @@ def newton(M, dofs, a0, groups, dtype):
             T = np.array([[t.get(d, 0.0) for d in dofs] for t in group.T], object)
             g, H = g + T.T @ force, H + T.T @ (stiffness @ T)
         d = solve(factor(H), -g)
+        whole = tuple(unwrap(c, dtype) for c in d)
         if evaluations:
             full = dict(zip(dofs, d))
             dxs = [[dot(j, y) for j in r.J] for group in groups for y in [group.coordinates(full)]
                    for r in group.members]
             d = d * line_search(M, a - start, d, members, xs, dxs, dot(g, d), evaluations, dtype)
-        return tuple(unwrap(c, dtype) for c in a + d)
+        return tuple(unwrap(c, dtype) for c in a + d), whole
 
     values = tuple(jnp.asarray(unwrap(c, dtype)) for c in start)
     if jax.default_backend() == "cpu":
-        values = lax.fori_loop(0, iterations, iterate, values)
+        def turn(state):
+            new, whole = iterate(state[1])
+            size, change = (reduce(jnp.maximum, map(jnp.abs, x)) for x in (new, whole))
+            return state[0] + 1, new, change > jnp.finfo(dtype).eps ** 0.75 * size
+
+        # the cost is quadratic piece by piece: after a step within one piece, the next is as small as rounding
+        values = lax.while_loop(lambda state: (state[0] < iterations) & state[2], turn, (0, values, True))[1]
     else:  # a turn is then one kernel, without copies and counters; barriers, as XLA takes minutes to fuse turns
-        for k in range(iterations):
-            values = lax.optimization_barrier(iterate(k, values))
+        for _ in range(iterations):
+            values = lax.optimization_barrier(iterate(values)[0])
     return [Traced(c) for c in values]
 
 
