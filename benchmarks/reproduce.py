@@ -206,7 +206,7 @@ def group(runs):
 
 def label(memory, runs):
     """What a line is, with how far its slowest seed has come."""
-    return f"{memory}, {len(runs)} seeds, {min(run.reached() for run in runs) / 1e6:.3g}M"
+    return f"{memory}, seeds: {len(runs)}, {min(run.reached() for run in runs) / 1e6:.3g}M"
 
 
 # ---- Figures -----------------------------------------------------------------------------------------------
@@ -327,7 +327,7 @@ def draw_metacart(runs):
             axis.set(xlabel="episode of the trial", ylabel="return (dotted: paper)", ylim=(0, None))
             axis.legend(fontsize=7)
         else:
-            axis.set(xlabel="million frames", ylabel="sum over 16 episodes (dotted: paper's best)", ylim=(0, None))
+            axis.set(xlabel="million frames", ylabel="sum of 16 (dotted: paper's best)", ylim=(0, None))
 
     plot_into(PAPER / "metacart.png", 1, 2, panel)
     return rows
