@@ -703,7 +703,7 @@ def constrain(M, a0, groups, dtype):
 def newton(M, dofs, a0, groups, dtype):
     """Primal Newton from the unconstrained acceleration, with a line search where plain steps may cycle.
 
-    On a CPU turns end when no lane moves any more.
+    On a CPU the turns end when the Newton step, before the line search, is as small as rounding in every lane.
     """
     start = np.array([a0[d] for d in dofs], object)
     members = [r for g in groups for r in g.members]
@@ -799,6 +799,7 @@ def make_step(model, substeps=1, backend="fused"):
       model order, as dm_control shows them after `Physics.step`: those of the last substep, before it is
       integrated. `wrap_prm` (nwrap,) replaces `model.wrap_prm` (coefficients of fixed tendons; with "mjx"
       only what motors at these tendons do changes).
+      `jax.jvp` differentiates it; `jax.grad`, on a CPU, not where Newton's method solves the constraints.
 
     Raises:
       NotImplementedError: names the feature and the element that the fused step lacks.
