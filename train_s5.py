@@ -95,7 +95,7 @@ class Config(MemoryConfig):
     # PPO
     lr: float = 5e-4  # Adam step size
     anneal_lr: bool = True  # let the step size fall linearly to zero
-    anneal_entropy: bool = False  # let the entropy bonus fall likewise
+    anneal_entropy: bool = True  # let the entropy bonus fall likewise
     update_epochs: int = 4  # passes over every rollout
     num_minibatches: int = 4  # per pass; made of whole lanes (environments), never of time slices
     gamma: float = 0.995  # discount

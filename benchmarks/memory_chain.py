@@ -38,6 +38,7 @@ def make_config(name, length, episodes, **changes):
     return TRAINERS[name].Config(**dict(
         env=("MemoryChain-bsuite",), env_kwargs=(f"memory_length={length}", f"max_steps_in_episode={steps}"),
         total_timesteps=episodes * steps, num_envs=8, num_steps=2 * steps, width=32, lr=1e-3, gae_lambda=0.5,
+        anneal_entropy=False
     ) | special | changes)
 
 

@@ -47,9 +47,9 @@ COLOURS = {"S5": "C0", "S5, never reset": "C4", "LSTM": "C1", "GRU": "C1", "self
 # parameters as S5, 4 epochs at a larger step, and this project's defaults where the paper is silent. Environments,
 # steps, losses, discounts and the absence of annealing and of an entropy bonus are the paper's. No agent is shown the
 # change of its observation: in these tasks that is the velocity which they hide.
-PPO = ("--num-envs 64 --num-steps 1024 --num-minibatches 8 --update-epochs 4 --lr 1e-3 --no-anneal-lr --gamma 0.99 "
-       "--gae-lambda 1.0 --clip-eps 0.2 --ent-coef 0 --vf-coef 1.0 --max-grad-norm 0.5 --log-every 1 "
-       "--no-observe-change").split()
+PPO = ("--num-envs 64 --num-steps 1024 --num-minibatches 8 --update-epochs 4 --lr 1e-3 --no-anneal-lr "
+       "--no-anneal-entropy --gamma 0.99 --gae-lambda 1.0 --clip-eps 0.2 --ent-coef 0 --vf-coef 1.0 "
+       "--max-grad-norm 0.5 --log-every 1 --no-observe-change").split()
 TRAINERS = {"S5": ["train_s5.py"], "GRU": ["train_lstm.py", "--cell", "gru"],
             "none": ["train_s5.py", "--memory", "none"], "S5, never reset": ["train_s5.py", "--memory", "unreset"]}
 POPGYM = ("StatelessCartPoleHard", "NoisyStatelessCartPoleHard", "StatelessPendulumHard", "NoisyStatelessPendulumHard",
