@@ -439,6 +439,25 @@ def test_training_lanes_under_seeds_and_scan():
     assert (np.array(out.reward) >= 0).all() and (np.array(out.reward) <= 1).all()
 
 
+@pytest.mark.parametrize("n, blocks", [(8, 1), (12, 2), (24, 3), (13, 1)])
+def test_blocks_change_nothing(monkeypatch, n, blocks):
+    """On a CPU lanes are stepped in equal blocks; 13 lanes cannot be cut into such."""
+    def step(_):
+        lanes = envs.Lanes(("pendulum-swingup",), n)
+        state, _ = lanes.reset(KEY)
+        return lanes.step(state, jax.random.normal(KEY, (n, lanes.action_size)))[1:]
+
+    whole = quick(step)(0)
+    monkeypatch.setattr(envs, "BLOCK", 8)
+    x = jnp.arange(n)
+    assert str(jax.make_jaxpr(lambda x: envs.in_blocks(jnp.sin, x))(1.0 * x)).count("scan[") == (blocks > 1)
+    found = quick(lambda x: envs.in_blocks(lambda y: {"y": y, "size": jnp.ones(3) * y}, x))(x)
+    assert (found["y"] == x).all() and found["size"].shape == (n, 3)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), quick(step)(0), whole)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert "scan[" not in str(jax.make_jaxpr(lambda x: envs.in_blocks(jnp.sin, x))(1.0 * x))
+
+
 def test_lanes_errors():
     for kwargs, message in (
             (dict(num_lanes=7), "num_lanes=7"), (dict(num_lanes=0), "num_lanes=0"),
