@@ -334,8 +334,8 @@ class Lanes:
     permutation, uniform over all, drawn in each trial under every projection but "identity" and "none".
 
     The agent sees [o', previous a' as it gave it (one-hot if discrete), previous reward, episode-start flag,
-    trial-start flag], and what `observe_change` adds. Action and reward carry over into the next episode of a trial
-    and are 0 at a trial's start.
+    trial-start flag]; `observe_action` and `observe_change` change that. Action and reward carry over into the next
+    episode of a trial and are 0 at a trial's start.
 
     Resets of DMControl tasks (collision-free starts, new matrices) are not paid in every step: a lane that ends takes
     the one spare start it holds, and all spares are drawn anew at steps t with t % refresh_every == 0, at most half an
@@ -357,6 +357,8 @@ class Lanes:
         are added. All counts of steps here are of such steps.
       stagger: a lane's first trial begins with a uniformly random part of its time already spent. Only the counters
         know: the physical state is a fresh reset, `trial_step` counts from 0 and `episode_complete` is False.
+      observe_action: show the previous a'. Where it tells nothing it is noise, which adds up in a memory and drowns
+        what was seen long ago.
       observe_change: also show o' minus the previous o' (0 at episode starts).
       identify: also show what sysid.py finds out about the trial so far (0 at episode starts). Left out where
         nothing is hidden (projection "none" and "identity") and for discrete actions.
@@ -386,11 +388,11 @@ class Lanes:
     """
 
     def __init__(self, tasks, num_lanes, projection="gaussian", obs_size=12, action_size=2,
-                 episodes_per_trial=1, action_repeat=1, stagger=True, observe_change=False, identify=False,
-                 privileged=False, obs_transform="symlog", backend="fused", env_kwargs=None, shards=1):
+                 episodes_per_trial=1, action_repeat=1, stagger=True, observe_action=True, observe_change=False,
+                 identify=False, privileged=False, obs_transform="symlog", backend="fused", env_kwargs=None, shards=1):
         self.tasks, self.projection, self.shards = tuple(tasks), projection, shards
         self.episodes_per_trial, self.action_repeat = episodes_per_trial, action_repeat
-        self.observe_change, self.obs_transform = observe_change, obs_transform
+        self.observe_action, self.observe_change, self.obs_transform = observe_action, observe_change, obs_transform
         if not self.tasks or num_lanes < 1 or num_lanes % (len(self.tasks) * shards):
             raise ValueError(f"cannot split num_lanes={num_lanes} equally among {len(self.tasks)} tasks"
                              + (f" on each of {shards} devices" if shards > 1 else ""))
@@ -435,7 +437,8 @@ class Lanes:
         self.identify = identify and not self.discrete and hidden
         self.privileged_size = len(self.tasks) * (1 + max(self.obs_dims)) if privileged and hidden else 0
         outputs = tuple(range(self.obs_size))
-        self.output_of_input = outputs + (-1,) * (self.action_size + 3) + (outputs if observe_change else ())
+        own = 3 + (self.action_size if observe_action else 0)
+        self.output_of_input = outputs + (-1,) * own + (outputs if observe_change else ())
         if self.identify:  # from all numbers of o', so that to hide one hides these
             self.output_of_input += (self.obs_size - 1,) * sysid.num_features(self.action_size)
         self.input_size = len(self.output_of_input)
@@ -512,8 +515,8 @@ class Lanes:
 
     def _input(self, shown, change, action, reward, episode_start, trial_start, found, obs):
         flags = jnp.stack([reward, episode_start, trial_start], -1).astype(jnp.float32)
-        changes = [change] if self.observe_change else []
-        return jnp.concatenate([shown, action, flags, *changes, *found, *self._privileged(obs)], -1)
+        actions, changes = [action] if self.observe_action else [], [change] if self.observe_change else []
+        return jnp.concatenate([shown, *actions, flags, *changes, *found, *self._privileged(obs)], -1)
 
     def _privileged(self, obs):
         """[1, raw observation], compressed, in the place of the lane's task; zeros in those of the others."""

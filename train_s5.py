@@ -79,6 +79,7 @@ class Config(MemoryConfig):
     action_size: int = 2  # size of the agent's action before projection
     action_repeat: int = 0  # environment steps that an action lasts (0: two of DMControl, else one)
     episodes_per_trial: int = 1  # the memory is reset after so many episodes
+    observe_action: bool = True  # show the agent its last action
     observe_change: bool = True  # also show the change of the projected observation
     identify: bool = True  # also show what sysid.py finds out: inner products that no random projection hides
     privileged_critic: bool = True  # the critic, wanted in training only, also sees raw observations (arXiv 1710.06542)
@@ -141,7 +142,7 @@ class Config(MemoryConfig):
 
 def make_lanes(config: Config, **changes: Any) -> envs.Lanes:
     """The environments that `config` describes; `changes` replace arguments of envs.Lanes."""
-    same_name = "obs_size action_size episodes_per_trial observe_change backend"
+    same_name = "obs_size action_size episodes_per_trial observe_action observe_change backend"
     return envs.Lanes(**{name: getattr(config, name) for name in same_name.split()} | dict(
         tasks=config.env, num_lanes=config.num_envs, action_repeat=config.resolved_repeat,
         identify=config.identify and config.memory == "full",

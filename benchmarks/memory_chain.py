@@ -6,7 +6,9 @@
 A bit is shown at the first step and asked for `length` steps later: the return is 1 or -1, 0 on average without
 memory. The lengths and episodes are those of Lu et al. 2023 (arXiv 2303.03982). An update sees two episodes of each of
 8 environments, whatever the length, so that gradients reach an episode's start; lambda is 0.5, because only one action
-in an episode counts. The transformer attends to a whole episode. All have as many parameters.
+in an episode counts. The agents do not see their own last action, as bsuite's do not: random
+actions add up in a memory, and drown a bit that was seen once. The transformer attends to a whole episode. All have as
+many parameters.
 
 Score: mean return over the last tenth of training, with a 95 % interval (t) over seeds. Time is that of training, per
 environment step of one seed; space is what XLA plans for the training of one seed.
@@ -38,7 +40,7 @@ def make_config(name, length, episodes, **changes):
     return TRAINERS[name].Config(**dict(
         env=("MemoryChain-bsuite",), env_kwargs=(f"memory_length={length}", f"max_steps_in_episode={steps}"),
         total_timesteps=episodes * steps, num_envs=8, num_steps=2 * steps, width=32, lr=1e-3, gae_lambda=0.5,
-        anneal_entropy=False
+        anneal_entropy=False, observe_action=False
     ) | special | changes)
 
 

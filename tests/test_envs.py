@@ -101,6 +101,22 @@ def rollout(lanes, steps, state=None):
     return state, jax.tree.map(np.array, out)
 
 
+def test_observe_action():
+    """Without it the agent sees all but its last action, and steps through the same states."""
+    both = [envs.Lanes(["point_mass-easy", "cartpole-swingup"], 4, observe_action=shown, observe_change=True)
+            for shown in (True, False)]
+    (state, seen), (other, rest) = (quick(lanes.reset)(KEY) for lanes in both)
+    columns = [k for k in range(both[0].input_size) if k not in (12, 13)]
+    assert both[1].output_of_input == tuple(both[0].output_of_input[k] for k in columns)
+    action = jax.random.normal(jax.random.PRNGKey(2), (4, 2))
+    for _ in range(2):
+        np.testing.assert_array_equal(rest, seen[:, columns])
+        (state, seen, out), (other, rest, out_other) = (
+            quick(lanes.step)(s, action) for lanes, s in zip(both, (state, other)))
+        np.testing.assert_array_equal(seen[:, 12:14], action)
+        np.testing.assert_array_equal(out.final_input[:, columns], out_other.final_input)
+
+
 def test_memory_chain_lanes():
     """memory_length is honoured, and a policy that remembers earns 1 in every episode."""
     lanes = envs.Lanes(["MemoryChain-bsuite"], 16, projection="none", obs_transform="none", stagger=False,
