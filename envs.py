@@ -312,7 +312,7 @@ def continuous_policy(kind, outputs, action_size):
 
 
 def in_blocks(f, x):
-    """vmap of f over the leading axis of x; on a CPU in equal blocks, if it is long.
+    """vmap of f over the leading axis of x, arrays (n, ...); on a CPU in equal blocks of at most BLOCK, if n has such.
 
     The numbers in between then stay in the CPU's cache, and a solver's turns end with the slowest lane of a block.
     """
@@ -358,7 +358,7 @@ class Lanes:
       stagger: a lane's first trial begins with a uniformly random part of its time already spent. Only the counters
         know: the physical state is a fresh reset, `trial_step` counts from 0 and `episode_complete` is False.
       observe_action: show the previous a'. Where it tells nothing it is noise, which adds up in a memory and drowns
-        what was seen long ago.
+        what was seen long ago. sysid.py takes it in either way.
       observe_change: also show o' minus the previous o' (0 at episode starts).
       identify: also show what sysid.py finds out about the trial so far (0 at episode starts). Left out where
         nothing is hidden (projection "none" and "identity") and for discrete actions.

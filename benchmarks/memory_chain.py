@@ -6,9 +6,8 @@
 A bit is shown at the first step and asked for `length` steps later: the return is 1 or -1, 0 on average without
 memory. The lengths and episodes are those of Lu et al. 2023 (arXiv 2303.03982). An update sees two episodes of each of
 8 environments, whatever the length, so that gradients reach an episode's start; lambda is 0.5, because only one action
-in an episode counts. The agents do not see their own last action, as bsuite's do not: random
-actions add up in a memory, and drown a bit that was seen once. The transformer attends to a whole episode. All have as
-many parameters.
+in an episode counts. Like bsuite's, the agents do not see their own last action: random actions add up in a memory and
+drown a bit that was seen once. The transformer attends to a whole episode. All have as many parameters.
 
 Score: mean return over the last tenth of training, with a 95 % interval (t) over seeds. Time is that of training, per
 environment step of one seed; space is what XLA plans for the training of one seed.
