@@ -96,7 +96,7 @@ def bytes_written(value, inside):
 def bytes_moved(instruction, computation, computations):
     """Bytes that an executed instruction reads and writes."""
     operands = [computation[name] for name in instruction.operands]
-    if instruction.opcode == "fusion":
+    if instruction.opcode in ("fusion", "fusion-start"):
         [name] = instruction.called("calls")
         inside = computations[name]
         parameters = {int(i.text.split(")")[0]): i for i in inside.values() if i.opcode == "parameter"}

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -164,6 +165,8 @@ def test_reproduce_scores_popgym_by_its_best_update(reproduce):
     for use in (changed.todo, lambda: reproduce.draw_popgym([changed])):
         with pytest.raises(ValueError, match="made with other flags"):
             use()
+    shutil.rmtree(runs[0].path)  # what was scored is not forgotten with its folder
+    assert [row["ours"] for row in reproduce.draw_popgym(runs)] == [0.8, -0.4]
 
 
 def test_reproduce_compares_curves_at_equal_frames(reproduce, tmp_path):
