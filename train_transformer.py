@@ -200,7 +200,7 @@ class Config(MemoryConfig):
     anneal_lr: bool = True  # let the step size fall linearly to zero
     anneal_entropy: bool = True  # let the entropy bonus fall likewise
     update_epochs: int = 4  # passes over every rollout
-    num_minibatches: int = 4  # per pass; made of whole lanes (environments), never of time slices
+    num_minibatches: int = by_preset(cpu=4, accelerator=16)  # per pass; of whole lanes (environments), all their steps
     gamma: float = 0.995  # discount
     gae_lambda: float = 0.95  # generalised advantage estimation
     clip_eps: float = 0.2  # PPO clipping
