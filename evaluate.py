@@ -26,6 +26,7 @@ import importlib
 import os
 import sys
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -283,6 +284,11 @@ class Result(NamedTuple):
     horizon: tuple  # per task, environment steps of a trial
 
 
+def processors():
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def reduce_trials(out, episodes, repeat):
     """What Result keeps of a rollout.
 
@@ -332,18 +338,23 @@ def measure(agent, tasks, trials, episodes, projections, sizes, shown):
         family = "gaussian" if own == "identity" else own
         columns |= {f"{family}, {size} of {everything}": (family, kind, reset, size) for size in sizes}
     names, (families, *variants) = [*jobs, *columns], zip(*jobs.values(), *columns.values())
-    variants, diverged, found, steps = Variants(*map(jnp.array, variants)), 0, [], []
-    for task in tasks:
+    variants = Variants(*map(jnp.array, variants))
+
+    def live(task):
+        """Four arrays (V, seeds, trials, ...) of one task, environment steps of a trial, trials that diverged."""
         lanes = make_lanes(agent, task, trials, episodes)
-        start, rollout, by_seed = make_start(agent, lanes, families), make_rollout(agent, lanes), []
+        start, rollout, by_seed, diverged = make_start(agent, lanes, families), make_rollout(agent, lanes), [], 0
         for place in range(len(agent.seeds)):
             keys = trial_keys(task, place)
             params = jax.tree.map(lambda x: x[place], agent.params)
             out = jax.device_get(rollout(params, *start(keys), variants, keys[3]))
             diverged += out["diverged"].sum()
             by_seed.append(reduce_trials(out, episodes, lanes.action_repeat))
-        found.append([np.stack(x, 1) for x in zip(*by_seed)])  # four arrays (V, seeds, trials, ...)
-        steps.append(horizon(lanes) * lanes.action_repeat)
+        return [np.stack(x, 1) for x in zip(*by_seed)], horizon(lanes) * lanes.action_repeat, diverged
+
+    with ThreadPoolExecutor(processors()) as pool:  # for compiling: on a GPU that is nearly all of an evaluation
+        found, steps, diverged = zip(*pool.map(live, tasks))
+    diverged = sum(diverged)
     if diverged:
         print(f"{agent.folder}: {diverged} trials diverged and were cut short there", file=sys.stderr)
     found = [dict(zip(names, np.stack(x, 1))) for x in zip(*found)]
@@ -353,7 +364,7 @@ def measure(agent, tasks, trials, episodes, projections, sizes, shown):
         table[name] = np.where(whole[:, None, None], found[0][name], np.nan)
     order = [c for f in FAMILIES for c in table if c == f] + [c for c in table if c not in FAMILIES]
     by_policy = [{name: x[name] for name in POLICIES} for x in found]
-    return Result(agent, tasks, *by_policy, {c: table[c] for c in order}, tuple(steps))
+    return Result(agent, tasks, *by_policy, {c: table[c] for c in order}, steps)
 
 
 def record_trial(agent, task, trials, episodes, shown):
