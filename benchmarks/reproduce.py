@@ -57,7 +57,7 @@ POPGYM = ("StatelessCartPoleHard", "NoisyStatelessCartPoleHard", "StatelessPendu
 CHAIN = {"S5": "s5", "LSTM": "lstm", "self-attention": "transformer"}
 SEEDS = range(4)
 EPISODES, SHOWN, TRIALS = 16, 32, 64  # of a trial: trained on, evaluated on; and trials that are evaluated
-BUDGETS = (5, 10, 20, 50, 100, 300)  # million frames
+BUDGETS = (5, 10, 20, 50, 100, 300, 500)  # million frames
 
 
 # ---- Runs --------------------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ def trainer_runs(figure, steps, arms, tasks):
     """Run folders of every task, arm (memory: its flags) and seed, seeds outermost: a part of it is a whole figure."""
     return [Run(RUNS / figure / f"{task}-{memory.replace(', ', '-').replace(' ', '-')}-{seed}",
                 [*TRAINERS[memory], "--env", f"popgym:{task}", *flags, *PPO, "--total-timesteps", str(steps), "--seed",
-                 str(seed), "--no-evaluate", "--no-tensorboard"], steps, memory, seed, task)
+                 str(seed), "--devices", "1", "--no-evaluate", "--no-tensorboard"], steps, memory, seed, task)
             for seed in SEEDS for task in tasks for memory, flags in arms.items()]
 
 
