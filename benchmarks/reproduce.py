@@ -128,6 +128,7 @@ def launch(runs, jobs):
     for i in range(jobs):
         cores.put(usable[i % len(usable)] if usable and jobs > 1 else None)
     running = set()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no run outlives this process
 
     def work(run):
         core = cores.get()
@@ -158,7 +159,7 @@ def launch(runs, jobs):
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(running):
                 process.terminate()
-            raise
+            sys.exit(130)
 
 
 # ---- Tables ------------------------------------------------------------------------------------------------
@@ -446,14 +447,11 @@ def main():
     chosen = [run for run in runs if any(part in run.path.name for part in options.only)]
     if runs and not chosen:
         parser.error(f"--only {' '.join(options.only)} matches none of {', '.join(run.path.name for run in runs)}")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no run outlives this process
     try:
         failed = 0 if options.draw else launch(chosen, options.jobs)
         rows = draw_dmcontrol(options.folders) if options.folders else FIGURES[options.figure](runs)
     except ValueError as error:
         parser.error(str(error))
-    except KeyboardInterrupt:
-        sys.exit(130)
     if not rows:
         parser.error("nothing to draw yet")
     PAPER.mkdir(parents=True, exist_ok=True)

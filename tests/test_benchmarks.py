@@ -169,6 +169,25 @@ def test_reproduce_scores_popgym_by_its_best_update(reproduce):
     assert [row["ours"] for row in reproduce.draw_popgym(runs)] == [0.8, -0.4]
 
 
+def test_single_task_tells_how_far_each_task_has_come(load, reproduce, tmp_path, monkeypatch, capsys):
+    module = load("single_task")
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    for run, best in zip(module.runs_of("walker-walk", 900, 2), (300.0, 500.0)):
+        config, _ = reproduce.experiment.parse_flags(train_s5.Config, args=run.command[1:])
+        assert config.resolved_projection == "none" and config.resolved_repeat == 1
+        write_run(reproduce, run.path, config, [{"update": i, "steps": 100 * i, "seed": 0, "return/walker-walk": x}
+                                                for i, x in ((1, 0.0), (2, best))])
+    out = tmp_path / "table.csv"
+    monkeypatch.setattr(sys, "argv", ["single_task.py", "--tasks", "walker-walk", "hopper-hop", "--jobs", "0",
+                                      "--seeds", "2", "--total-timesteps", "900", "--out", str(out)])
+    with pytest.raises(SystemExit) as end:
+        module.main()
+    assert end.value.code == 0
+    [row] = csv.DictReader(out.open())
+    assert (float(row["return"]), float(row["worst"]), row["steps"], row["published"]) == (400, 300, "200", "945")
+    assert "hopper-hop: not every seed has begun" in capsys.readouterr().out
+
+
 def test_reproduce_compares_curves_at_equal_frames(reproduce, tmp_path):
     """Two seeds in one folder, 30 million steps: every task's return is its number times the steps in millions."""
     tasks = list(enumerate(envs.TRAIN_TASKS, 1))
