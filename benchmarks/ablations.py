@@ -14,6 +14,7 @@ from pathlib import Path
 from common import RESULTS, Table  # first: it finds the project
 
 import envs
+import experiment
 import train_s5
 from memory_chain import mean_interval, train_seeds
 
@@ -48,7 +49,7 @@ def main():
     for name in options.only or variants:
         if name not in variants:
             parser.error(f"no variant {name!r}; there are {', '.join(variants)}")
-        config = train_s5.Config(**(base | variants[name]))
+        config = experiment.preset(train_s5.Config, "cpu", **(base | variants[name]))  # the same on every machine
         returns = train_seeds(train_s5, config, options.seeds)["returns"]
         table.add(variant=name.replace(" ", "_"), env=options.env, **mean_interval(returns),
                   steps=config.num_updates * config.steps_per_update)

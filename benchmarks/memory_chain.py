@@ -36,7 +36,7 @@ def make_config(name, length, episodes, **changes):
     """Configuration of trainer `name` for `episodes` episodes of MemoryChain, changed as asked."""
     steps = length + 1  # of an episode
     special = {"transformer": {"window": steps}, "memoryless": {"memory": "none"}}.get(name, {})
-    return TRAINERS[name].Config(**dict(
+    return experiment.preset(TRAINERS[name].Config, "cpu", **dict(  # the same agent on every machine
         env=("MemoryChain-bsuite",), env_kwargs=(f"memory_length={length}", f"max_steps_in_episode={steps}"),
         total_timesteps=episodes * steps, num_envs=8, num_steps=2 * steps, width=32, lr=1e-3, gae_lambda=0.5,
         anneal_entropy=False, observe_action=False

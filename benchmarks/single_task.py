@@ -36,8 +36,8 @@ def runs_of(task, steps, seeds):
     """A run folder for every seed; an action lasts one step, as where the published returns come from."""
     return [Run(ROOT / "runs" / "single_task" / f"{task}-{steps}-{seed}",
                 ["train_s5.py", "--env", task, "--projection", "none", "--num-envs", "64", "--action-repeat", "1",
-                 "--total-timesteps", str(steps), "--seed", str(seed), "--devices", "1", "--no-evaluate",
-                 "--no-tensorboard"], steps, "S5", seed, task) for seed in range(seeds)]
+                 "--total-timesteps", str(steps), "--seed", str(seed), "--preset", "cpu", "--devices", "1",
+                 "--no-evaluate", "--no-tensorboard"], steps, "S5", seed, task) for seed in range(seeds)]
 
 
 def main():
