@@ -541,6 +541,9 @@ def run(make_train: Callable, config: Any, options: Options) -> Path:
     options = dataclasses.replace(options, devices=mesh.size)
     train = make_train(config, mesh.shape["data"])
     folder = Path(from_first(options.resume or str(new_run(config, options) if first else "")))
+    if first:  # now, for compiling takes half a minute, on a GPU two
+        print(f"{folder}: {len(members)} x {config.total_timesteps:,} steps of {', '.join(config.env)} on "
+              f"{mesh.size} {jax.devices()[0].platform}, preset {options.preset}", flush=True)
     specs = runner_specs(make_train, config, mesh)
     init = jax.shard_map(jax.vmap(train.init), mesh=mesh, in_specs=PartitionSpec("member"), out_specs=specs,
                          check_vma=False)
@@ -554,9 +557,7 @@ def run(make_train: Callable, config: Any, options: Options) -> Path:
     chunk = compile_chunk(train, config.log_every, mesh, specs, groups[0])
     weights = sum(x.size for x in jax.tree.leaves(groups[0].params)) // groups[0].key.shape[0]
     if first:
-        print(f"{folder}: {len(members)} x {config.total_timesteps:,} steps of {', '.join(config.env)} on "
-              f"{mesh.size} {jax.devices()[0].platform}, preset {options.preset}; {weights:,} parameters; "
-              f"ready in {time.perf_counter() - begin:.1f} s")
+        print(f"{weights:,} parameters; ready in {time.perf_counter() - begin:.1f} s")
 
     logs = Logs(config, options, folder, update) if first else None
     per_update = config.steps_per_update
