@@ -284,11 +284,6 @@ class Result(NamedTuple):
     horizon: tuple  # per task, environment steps of a trial
 
 
-def processors():
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
 def reduce_trials(out, episodes, repeat):
     """What Result keeps of a rollout.
 
@@ -352,7 +347,7 @@ def measure(agent, tasks, trials, episodes, projections, sizes, shown):
             by_seed.append(reduce_trials(out, episodes, lanes.action_repeat))
         return [np.stack(x, 1) for x in zip(*by_seed)], horizon(lanes) * lanes.action_repeat, diverged
 
-    with ThreadPoolExecutor(processors()) as pool:  # for compiling: on a GPU that is nearly all of an evaluation
+    with ThreadPoolExecutor(experiment.num_cores()) as pool:  # on a GPU compiling takes nearly all of the time
         found, steps, diverged = zip(*pool.map(live, tasks))
     diverged = sum(diverged)
     if diverged:

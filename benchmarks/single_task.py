@@ -11,7 +11,6 @@ Runs live in runs/single_task/, a process per core. Kill it at any moment: the s
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -41,13 +40,12 @@ def runs_of(task, steps, seeds):
 
 
 def main():
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=list(dmc.TASKS), metavar="TASK", default=[
         "cheetah-run", "walker-walk", "acrobot-swingup", "hopper-stand", "cartpole-two_poles"])
     parser.add_argument("--total-timesteps", type=int, default=100_000_000)
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--jobs", type=int, default=cores, help="processes at a time (default: one per core)")
+    parser.add_argument("--jobs", type=int, default=experiment.num_cores(), help="processes (default: one per core)")
     parser.add_argument("--out", type=Path, default=RESULTS / "single_task.csv")
     options = parser.parse_args()
     runs = {task: runs_of(task, options.total_timesteps, options.seeds) for task in options.tasks}
