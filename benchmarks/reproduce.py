@@ -447,7 +447,7 @@ def main():
     if runs and not chosen:
         parser.error(f"--only {' '.join(options.only)} matches none of {', '.join(run.path.name for run in runs)}")
     try:
-        failed = 0 if options.draw else launch(chosen, options.jobs)
+        failed = launch(chosen, options.jobs) if chosen and not options.draw else 0
         rows = draw_dmcontrol(options.folders) if options.folders else FIGURES[options.figure](runs)
     except ValueError as error:
         parser.error(str(error))
