@@ -106,7 +106,7 @@ def fit(state: State) -> State:
     A, B, c = weights[:, :n, :n], weights[:, n:n + m, :n], weights[:, -1:, :n]
     bend = weights[:, n:n + m, n:-1] + weights[:, n + m:n + 2 * m, n:-1]
     bend = bend * jax.lax.rsqrt((bend**2).sum((1, 2), keepdims=True) + 1e-8)  # small against changes: only directions
-    effects = jnp.concatenate([B, exact(B * (change_unit / unit)[..., None], A), bend], 1)
+    effects = jnp.concatenate([B, matmul(B * (change_unit / unit)[..., None], A), bend], 1)
     moments = jnp.stack([changes, keys[:, :n, :n]], 1) + 3 * ridge[:, None] * jnp.eye(n)
     metrics = solve(moments, jnp.broadcast_to(jnp.eye(n), moments.shape))
     return state._replace(model=Model(unit, change_unit, keys[:, :n, -1], jnp.concatenate([A, c], 1), effects,
@@ -135,7 +135,7 @@ def features(state: State) -> jax.Array:
     vectors = jnp.concatenate([jnp.stack([o, o - model.mean, change, goal - o, drift], 1), model.effects], 1)
     i, j = jnp.triu_indices(vectors.shape[1])
     in_three_metrics = [(vectors[:, i] * dual[:, j]).sum(-1) for dual in
-                        (vectors, exact(vectors, model.metrics[:, 0]), exact(vectors, model.metrics[:, 1]))]
+                        (vectors, matmul(vectors, model.metrics[:, 0]), matmul(vectors, model.metrics[:, 1]))]
     found = jnp.concatenate(
         [*in_three_metrics, (vectors * model.slope[:, None, :n]).sum(-1), model.slope[:, n:]], -1)
     return jnp.where(fitted, jnp.arcsinh(found), 0.0)
@@ -146,8 +146,11 @@ def outer(x: jax.Array, y: jax.Array) -> jax.Array:
     return x[:, :, None] * y[:, None, :]
 
 
-def exact(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a @ b in full float32: a GPU's default keeps ten bits, and an inverse covariance magnifies what is lost."""
+def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    """(N, i, k), (N, k, j) -> (N, i, j) in full float32.
+
+    A GPU keeps ten bits by default, and an inverse covariance magnifies what is lost.
+    """
     return jnp.matmul(a, b, precision="highest")
 
 

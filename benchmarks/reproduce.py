@@ -93,7 +93,10 @@ class Run(NamedTuple):
 
 
 def trainer_runs(figure, steps, arms, tasks):
-    """Run folders of every task, arm (memory: its flags) and seed, seeds outermost: a part of it is a whole figure."""
+    """Run folders of every task, arm (memory: its flags) and seed, seeds outermost: a part of it is a whole figure.
+
+    Each takes one device, whatever --jobs is, for a run goes on with as many as it began with.
+    """
     return [Run(RUNS / figure / f"{task}-{memory.replace(', ', '-').replace(' ', '-')}-{seed}",
                 [*TRAINERS[memory], "--env", f"popgym:{task}", *flags, *PPO, "--total-timesteps", str(steps), "--seed",
                  str(seed), "--devices", "1", "--no-evaluate", "--no-tensorboard"], steps, memory, seed, task)
@@ -232,7 +235,8 @@ def best_return(run):
 def popgym_scores(runs):
     """{(memory, task): [(best return, environment steps) of every seed]}, kept in results/paper/popgym_runs.csv.
 
-    So runs count whose folders are gone or on another machine, as long as no folder has come further.
+    So runs count whose folders are gone or on another machine, as long as no folder has come further. Delete the file
+    when their settings change: it does not know them.
     """
     stored, scores = PAPER / "popgym_runs.csv", {}
     for r in read_csv(stored) if stored.exists() else []:

@@ -48,11 +48,17 @@ def main():
     parser.add_argument("--jobs", type=int, default=experiment.num_cores(), help="processes (default: one per core)")
     parser.add_argument("--out", type=Path, default=RESULTS / "single_task.csv")
     options = parser.parse_args()
+    if options.jobs < 0 or options.seeds < 1:
+        parser.error(f"--jobs must not be negative and --seeds at least 1, got {options.jobs} and {options.seeds}")
     runs = {task: runs_of(task, options.total_timesteps, options.seeds) for task in options.tasks}
-    failed = launch(sum(runs.values(), []), options.jobs) if options.jobs else 0
+    try:
+        failed = launch(sum(runs.values(), []), options.jobs) if options.jobs else 0
+        reached = {task: [run.reached() for run in members] for task, members in runs.items()}
+    except ValueError as error:  # a run folder that was made with other flags
+        parser.error(str(error))
     table = Table(options.out)
     for task, members in runs.items():
-        steps = [run.reached() for run in members]
+        steps = reached[task]
         if not all(steps):
             print(f"{task}: not every seed has begun, so it is left out")
             continue

@@ -186,6 +186,14 @@ def test_single_task_tells_how_far_each_task_has_come(load, reproduce, tmp_path,
     [row] = csv.DictReader(out.open())
     assert (float(row["return"]), float(row["worst"]), row["steps"], row["published"]) == (400, 300, "200", "945")
     assert "hopper-hop: not every seed has begun" in capsys.readouterr().out
+    config = train_s5.Config(env=("hopper-hop",), projection="none", num_envs=32)
+    write_run(reproduce, module.runs_of("hopper-hop", 900, 1)[0].path, config, [{"update": 1, "steps": 100, "seed": 0}])
+    for jobs, sentence in (("0", "made with other flags"), ("-1", "--jobs must not be negative")):
+        monkeypatch.setattr(sys, "argv", ["single_task.py", "--tasks", "hopper-hop", "--jobs", jobs,
+                                          "--total-timesteps", "900", "--out", str(out)])
+        with pytest.raises(SystemExit) as end:
+            module.main()
+        assert end.value.code == 2 and sentence in capsys.readouterr().err
 
 
 def test_reproduce_compares_curves_at_equal_frames(reproduce, tmp_path):
