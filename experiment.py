@@ -39,6 +39,7 @@ import re
 import socket
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Callable, Literal
 
@@ -305,8 +306,8 @@ def init_groups(init: Callable, config: Any, options: Options) -> list[Any]:
     return groups
 
 
-def compile_chunk(train: Any, updates: int, mesh: Mesh, specs: Any, runners: Any) -> Callable:
-    """The compiled function that runs so many updates of a group of stacked runners, which it takes over."""
+def compile_chunk(train: Any, updates: int, mesh: Mesh, specs: Any, shapes: Any) -> Callable:
+    """The compiled function that runs so many updates of stacked runners of these shapes, which it takes over."""
     def chunk(runner):
         return jax.lax.scan(lambda r, _: train.update(r), runner, None, updates)
 
@@ -314,7 +315,7 @@ def compile_chunk(train: Any, updates: int, mesh: Mesh, specs: Any, runners: Any
                            out_specs=(specs, PartitionSpec("member")), check_vma=False)
     everywhere = NamedSharding(mesh, PartitionSpec())  # every process reads all metrics
     jitted = jax.jit(mapped, donate_argnums=0, out_shardings=(None, everywhere))
-    return jitted.lower(runners).compile(compiler_options(mesh))
+    return jitted.lower(shapes).compile(compiler_options(mesh))
 
 
 def compiler_options(mesh: Mesh) -> dict[str, Any]:
@@ -385,12 +386,12 @@ def read_run(folder: Path | str, config_class: type | None = None) -> tuple[Any,
     return config, dataclasses.replace(options, resume=str(folder))
 
 
-def restore(manager: ocp.CheckpointManager, groups: list[Any]) -> tuple[int, list[Any]]:
+def restore(manager: ocp.CheckpointManager, shapes: list[Any]) -> tuple[int, list[Any]]:
     """The newest readable checkpoint.
 
     Args:
       manager: of a run's folder checkpoints/.
-      groups: as from init_groups, or their shapes.
+      shapes: of what init_groups makes.
 
     Returns:
       (number of updates done, groups).
@@ -398,7 +399,6 @@ def restore(manager: ocp.CheckpointManager, groups: list[Any]) -> tuple[int, lis
     Raises:
       ValueError: there is none that fits.
     """
-    shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, groups)
     problems = []
     for update in sorted(manager.all_steps(), reverse=True):
         try:
@@ -536,7 +536,7 @@ def run(make_train: Callable, config: Any, options: Options) -> Path:
     if options.wandb and importlib.util.find_spec("wandb") is None:
         raise ValueError("--wandb needs the wandb package: pip install wandb")
     begin = time.perf_counter()
-    members = list(itertools.chain(*groups_of(config, options)))
+    num_groups, members = len(groups_of(config, options)), members_of(config, options)
     mesh, first = device_mesh(config, options), jax.process_index() == 0
     options = dataclasses.replace(options, devices=mesh.size)
     train = make_train(config, mesh.shape["data"])
@@ -545,16 +545,20 @@ def run(make_train: Callable, config: Any, options: Options) -> Path:
         print(f"{folder}: {len(members)} x {config.total_timesteps:,} steps of {', '.join(config.env)} on "
               f"{mesh.size} {jax.devices()[0].platform}, preset {options.preset}", flush=True)
     specs = runner_specs(make_train, config, mesh)
-    init = jax.shard_map(jax.vmap(train.init), mesh=mesh, in_specs=PartitionSpec("member"), out_specs=specs,
-                         check_vma=False)
-    groups = init_groups(jax.jit(init), config, options)
+    init = jax.jit(jax.shard_map(jax.vmap(train.init), mesh=mesh, in_specs=PartitionSpec("member"), out_specs=specs,
+                                 check_vma=False))
+    shapes = jax.tree.map(lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)),
+                          jax.eval_shape(lambda: init_groups(init, config, options)[0]), specs)
     manager = ocp.CheckpointManager((folder / "checkpoints").absolute(),
                                     options=ocp.CheckpointManagerOptions(max_to_keep=2))
-    update, saved = 0, set()
+    update, saved, groups = 0, set(), None
     if options.resume and (manager.all_steps() or (folder / "metrics.csv").exists()):  # else killed before training
-        update, groups = restore(manager, groups)
+        update, groups = restore(manager, [shapes] * num_groups)
         saved.add(update)
-    chunk = compile_chunk(train, config.log_every, mesh, specs, groups[0])
+    with ThreadPoolExecutor() as pool:  # compiling takes all of the time
+        chunk = pool.submit(compile_chunk, train, config.log_every, mesh, specs, shapes)
+        groups = groups or init_groups(init, config, options)
+        chunk = chunk.result()
     weights = sum(x.size for x in jax.tree.leaves(groups[0].params)) // groups[0].key.shape[0]
     if first:
         print(f"{weights:,} parameters; ready in {time.perf_counter() - begin:.1f} s")
