@@ -556,9 +556,9 @@ def run(make_train: Callable, config: Any, options: Options) -> Path:
         update, groups = restore(manager, [shapes] * num_groups)
         saved.add(update)
     with ThreadPoolExecutor() as pool:  # compiling takes all of the time
-        chunk = pool.submit(compile_chunk, train, config.log_every, mesh, specs, shapes)
+        compiled = pool.submit(compile_chunk, train, config.log_every, mesh, specs, shapes)
         groups = groups or init_groups(init, config, options)
-        chunk = chunk.result()
+        chunk = compiled.result()
     weights = sum(x.size for x in jax.tree.leaves(groups[0].params)) // groups[0].key.shape[0]
     if first:
         print(f"{weights:,} parameters; ready in {time.perf_counter() - begin:.1f} s")
