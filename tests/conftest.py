@@ -15,6 +15,18 @@ os.environ.setdefault("MUJOCO_GL", "disable")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "jax-icrl-tests"))
 
 
+@pytest.fixture(scope="module")
+def quick():
+    """Compile sooner, run slower, also in processes that are started: for modules whose programs hardly run."""
+    import jax  # after the settings above
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def load(monkeypatch):
     """load(name): the benchmark as a module. They turn the compilation cache off, here only for a moment."""

@@ -17,12 +17,7 @@ import train_lstm
 import train_s5
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Each script is a process that compiles from nothing and hardly runs: compile time is what counts."""
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def run(script, folder, *flags, picture=True):

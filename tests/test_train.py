@@ -26,6 +26,7 @@ import train_lstm
 import train_s5
 import train_transformer
 
+pytestmark = pytest.mark.usefixtures("quick")
 ROOT = Path(__file__).resolve().parent.parent
 TRAINERS = (train_s5, train_lstm, train_transformer)
 SMALL = dict(width=8, num_envs=8, num_steps=16, num_minibatches=2, update_epochs=2, log_every=2, layers=1,
@@ -79,8 +80,7 @@ def test_runs_when_copied_alone(trainer, files, tmp_path):
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
-        "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiles sooner
+    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"JAX_PLATFORMS": "cpu"}
     for name in (f"{trainer}.py", *files):
         shutil.copy(ROOT / name, tmp_path)
     head, *lines = [line.split("\t") for line in train().splitlines()]
