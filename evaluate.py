@@ -87,12 +87,12 @@ def load(folder):
     if not (folder / "checkpoints").is_dir():
         raise ValueError(f"{folder} holds no checkpoint: it has no folder checkpoints/")
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    groups = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here),
+    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here),
                           jax.eval_shape(lambda: experiment.init_groups(jax.vmap(train.init), config, options)))
     manager = ocp.CheckpointManager((folder / "checkpoints").absolute(), options=ocp.CheckpointManagerOptions(
         create=False))
     try:
-        update, groups = experiment.restore(manager, groups)
+        update, groups = experiment.restore(manager, shapes)
     finally:
         manager.close()
     params = jax.tree.map(lambda *x: jnp.concatenate(x), *(group.params for group in groups))

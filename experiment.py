@@ -391,7 +391,7 @@ def restore(manager: ocp.CheckpointManager, shapes: list[Any]) -> tuple[int, lis
 
     Args:
       manager: of a run's folder checkpoints/.
-      shapes: of what init_groups makes.
+      shapes: what init_groups makes, as jax.ShapeDtypeStruct with shardings.
 
     Returns:
       (number of updates done, groups).
@@ -536,7 +536,7 @@ def run(make_train: Callable, config: Any, options: Options) -> Path:
     if options.wandb and importlib.util.find_spec("wandb") is None:
         raise ValueError("--wandb needs the wandb package: pip install wandb")
     begin = time.perf_counter()
-    num_groups, members = len(groups_of(config, options)), members_of(config, options)
+    members = members_of(config, options)
     mesh, first = device_mesh(config, options), jax.process_index() == 0
     options = dataclasses.replace(options, devices=mesh.size)
     train = make_train(config, mesh.shape["data"])
@@ -553,9 +553,9 @@ def run(make_train: Callable, config: Any, options: Options) -> Path:
                                     options=ocp.CheckpointManagerOptions(max_to_keep=2))
     update, saved, groups = 0, set(), None
     if options.resume and (manager.all_steps() or (folder / "metrics.csv").exists()):  # else killed before training
-        update, groups = restore(manager, [shapes] * num_groups)
+        update, groups = restore(manager, [shapes] * len(groups_of(config, options)))
         saved.add(update)
-    with ThreadPoolExecutor() as pool:  # compiling takes all of the time
+    with ThreadPoolExecutor() as pool:  # both compile, which takes nearly all of the time
         compiled = pool.submit(compile_chunk, train, config.log_every, mesh, specs, shapes)
         groups = groups or init_groups(init, config, options)
         chunk = compiled.result()
