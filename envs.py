@@ -361,7 +361,7 @@ class Lanes:
         what was seen long ago. sysid.py takes it in either way.
       observe_change: also show o' minus the previous o' (0 at episode starts).
       identify: also show what sysid.py finds out about the trial so far (0 at episode starts). Left out where
-        nothing is hidden (projection "none" and "identity") and for discrete actions.
+        nothing is hidden (projection "none" and "identity").
       privileged: append what a critic may see in training and the agent never: which task it is, and its raw
         observation. Left out where nothing is hidden.
       obs_transform: "symlog", whatever the projection, shows sign(o') log(1 + |o'|), because velocities reach +-100;
@@ -434,7 +434,7 @@ class Lanes:
                 raise ValueError(f"the {projection} projection needs obs_size >= {obs_dim} and action_size >= "
                                  f"{act_dim} for {task}, got obs_size={obs_size} and action_size={action_size}")
         hidden = projection not in ("identity", "none")
-        self.identify = identify and not self.discrete and hidden
+        self.identify = identify and hidden
         self.privileged_size = len(self.tasks) * (1 + max(self.obs_dims)) if privileged and hidden else 0
         outputs = tuple(range(self.obs_size))
         own = 3 + (self.action_size if observe_action else 0)
@@ -649,7 +649,9 @@ class Lanes:
                              [jnp.where(end[:, None], 0.0, x) for x in found], obs)
         if self.identify:
             fresh = self.start_identification(obs_matrix, obs)
-            identified = select(trial_end, fresh, identified._replace(o=fresh.o))
+            # the first change of an episode does not follow from the last one's
+            begun = identified._replace(o=fresh.o, change=fresh.change, action=fresh.action)
+            identified = select(trial_end, fresh, select(end, begun, identified))
         env_states = tuple(
             select(ended, fresh, jax.tree.map(lambda new, old: new.astype(old.dtype), new, old))
             for ended, fresh, new, old in zip(self._blocks(end), spare.env, stepped, state.env))

@@ -105,6 +105,8 @@ def test_lanes_show_what_is_found_and_forget_it_with_the_trial(lanes):
         assert out.final_input[:, -count:].any(-1).all()  # a value is bootstrapped from what is known
         assert (inputs[:, -count:].any(-1) == ~out.episode_end).all()  # 0 at episode starts
         np.testing.assert_allclose(state.identified.steps, 0.0 if t == 11 else expected.steps)
+        for what in (state.identified.change, state.identified.action):  # no episode follows from the one before
+            assert (what.any(-1) == ~out.episode_end).all()
         np.testing.assert_allclose(  # the observation that the next change is counted from is the one shown
             jnp.sign(state.identified.o) * jnp.log1p(jnp.abs(state.identified.o)), inputs[:, :12], rtol=1e-5, atol=1e-6)
 
@@ -119,8 +121,29 @@ def test_a_diverging_lane_leaves_no_trace(lanes):
     np.testing.assert_allclose(state.identified.steps, 1 + sysid.FORGETTING + sysid.FORGETTING**2, rtol=1e-6)
 
 
+def test_which_discrete_action_pushes_which_way():
+    """A push to the right moves the cart right and the pole left, whatever both look like and the push is called."""
+    lanes = envs.Lanes(["popgym:StatelessCartPoleEasy"], 16, "orthogonal", obs_size=4, identify=True,
+                       episodes_per_trial=100, stagger=False)
+    state, inputs = lanes.reset(jax.random.PRNGKey(0))
+    count = sysid.num_features(2)
+    assert lanes.discrete and inputs.shape == (16, lanes.input_size) == (16, 4 + 2 + 3 + count)
+    right = jnp.array([1.0, -1.5]) @ jnp.swapaxes(state.obs_matrix, 1, 2)  # 1.1 kg, half a metre
+    step = jax.jit(lanes.step)
+    for t in range(120):
+        state, inputs, out = step(state, jax.random.randint(jax.random.PRNGKey(t), (16,), 0, 2), t)
+    assert state.episode.min() > 0 and not out.trial_end.any() and inputs[:, -count:].any()
+    bends = state.identified.model.effects[:, 4:]  # (16, 2, 4), of the actions as the agent calls them
+    sign = 2.0 * state.act_matrix - 1.0  # what they are to the environment: left, right
+    assert 0 < sign[:, 0].clip(0).sum() < 16
+    length = jnp.linalg.norm(bends, axis=-1) * jnp.linalg.norm(right, axis=-1)[:, None]
+    cosine = jnp.einsum("nmi,ni->nm", bends, right) / length
+    assert (cosine * sign > 0.9).all()
+
+
 def test_nothing_is_identified_where_nothing_is_hidden():
-    for kwargs in (dict(tasks=["point_mass-easy"], projection="identity"), dict(tasks=["CartPole-v1"])):
+    for kwargs in (dict(tasks=["point_mass-easy"], projection="identity"),
+                   dict(tasks=["CartPole-v1"], projection="none")):
         assert not envs.Lanes(num_lanes=2, identify=True, **kwargs).identify
 
 
