@@ -591,7 +591,7 @@ def run(make_train: Callable, config: Any, options: Options) -> Path:
                     "update": update, "steps": update * per_update, "seconds": time.perf_counter() - begin,
                     "sps": len(members) * config.log_every * per_update / seconds})
                 bar.update(config.log_every * per_update)
-                bar.set_postfix_str(" ".join(f"{t.split(':')[-1]} {means[f'return/{t}']:.0f}" for t in config.env))
+                bar.set_postfix_str(" ".join(f"{t.split(':')[-1]} {means[f'return/{t}']:.4g}" for t in config.env))
             skipped = metrics["skipped"].mean()
             if skipped > 0.5:
                 raise FloatingPointError(f"{skipped:.0%} of the gradient steps were not finite and were skipped: "

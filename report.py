@@ -117,7 +117,8 @@ def grid(header, rows):
 
 
 def number(x):
-    return f"{x:.0f}" if abs(x) >= 100 else f"{x:.1f}"
+    """With as many digits as tell tasks apart that pay up to 1000 and such that pay up to 1."""
+    return f"{x:.{0 if abs(x) >= 100 else 1 if abs(x) >= 10 else 2}f}"
 
 
 def around(e, show=number):
