@@ -52,7 +52,7 @@ PPO = ("--num-envs 64 --num-steps 1024 --num-minibatches 8 --update-epochs 4 --l
        "--max-grad-norm 0.5 --log-every 1 --no-observe-change").split()
 TRAINERS = {"S5": ["train_s5.py"], "GRU": ["train_lstm.py", "--cell", "gru"],
             "none": ["train_s5.py", "--memory", "none"], "S5, never reset": ["train_s5.py", "--memory", "unreset"],
-            "S5, plain": ["train_s5.py", "--no-identify"],  # without sysid.py, as the two above and the paper's are
+            "S5, plain": ["train_s5.py", "--no-identify"],
             "GRU, plain": ["train_lstm.py", "--cell", "gru", "--no-identify"]}
 POPGYM = ("StatelessCartPoleHard", "NoisyStatelessCartPoleHard", "StatelessPendulumHard", "NoisyStatelessPendulumHard",
           "RepeatPreviousHard")
@@ -118,7 +118,7 @@ def runs_of(figure):
     if figure == "metacart":
         # The paper's released code projects by orthogonal 4 x 2 matrices and starts every episode of a trial in the
         # same state. Here the start is fresh in every episode and the two actions may be swapped: a harder task. A
-        # fifth of its 50 million steps.
+        # fifth of its 50 million steps. What sysid.py shows contains velocities; "plain" goes without it.
         flags = ["--projection", "orthogonal", "--obs-size", "4", "--episodes-per-trial", str(EPISODES),
                  "--no-privileged-critic"]
         return trainer_runs(figure, 10_000_000, dict.fromkeys(TRAINERS, flags), ("StatelessCartPoleEasy",))
