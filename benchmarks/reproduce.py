@@ -355,7 +355,7 @@ def draw_metacart(runs):
         if column == 0:
             axis.axvline(EPISODES + 0.5, color="grey", lw=0.7)
             axis.set(xlabel="episode of the trial", ylabel="return (dotted: paper)", ylim=(0, None))
-            axis.legend(fontsize=7)
+            axis.legend(fontsize=6, loc="center right", bbox_to_anchor=(1, 0.6))
         else:
             axis.set(xlabel="million frames", ylabel="sum of 16 (dotted: paper's best)", ylim=(0, None))
 
