@@ -1,7 +1,7 @@
 """System identification in context: what a random projection cannot hide, as a resettable recurrence.
 
     state = sysid.start(o, action_size)                             # o (N, n), the first observation of a trial
-    state = sysid.update(state, action, reward, o)                  # action (N, m), reward (N,), o (N, n) after it
+    state = sysid.update(state, action, reward, o)                  # action (N, m), or one-hot; reward (N,), next o
     state = sysid.fit(state)                                        # every few steps: solve for the model
     x = sysid.features(state)                                       # (N, num_features(m)) float32
 
