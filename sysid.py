@@ -1,7 +1,7 @@
 """System identification in context: what a random projection cannot hide, as a resettable recurrence.
 
     state = sysid.start(o, action_size)                             # o (N, n), the first observation of a trial
-    state = sysid.update(state, action, reward, o)                  # action (N, m), or one-hot; reward (N,), next o
+    state = sysid.update(state, action, reward, o)                  # action (N, m), reward (N,), o (N, n) after it
     state = sysid.fit(state)                                        # every few steps: solve for the model
     x = sysid.features(state)                                       # (N, num_features(m)) float32
 
@@ -77,7 +77,7 @@ def start(o: jax.Array, action_size: int) -> State:
 
 
 def update(state: State, action: jax.Array, reward: jax.Array, o: jax.Array) -> State:
-    """Take in a transition: action (N, m) float32 in state.o gave reward (N,) and o (N, n)."""
+    """Take in a transition: action (N, m) float32, one-hot if discrete, in state.o gave reward (N,) and o (N, n)."""
     change, reward = o - state.o, reward[:, None]
     bend = jnp.where(state.steps > 0, change - state.change, 0.0)
     key = jnp.concatenate([state.o, action, state.action, jnp.ones_like(reward)], -1)

@@ -341,16 +341,16 @@ def draw_metacart(runs):
     def panel(axis, _, column):
         for memory, (found, members) in ours.items():
             colour = COLOURS[memory]
-            theirs = [(r["episode"], float(r["return"])) for r in reference if r["memory"] == memory]
+            theirs = {r["episode"]: float(r["return"]) for r in reference if r["memory"] == memory}  # none of "plain"
+            best = theirs.pop("sum of 16", None)
             if column == 0:
                 axis.plot(np.arange(SHOWN) + 1, found.mean(0), color=colour, label=label(memory, members))
                 axis.fill_between(np.arange(SHOWN) + 1, found.min(0), found.max(0), color=colour, alpha=0.2, lw=0)
-                line = np.array([(int(e), y) for e, y in theirs if e.isdigit()]).reshape(-1, 2)
-                axis.plot(*line.T, ":", color=colour)
+                axis.plot([int(episode) for episode in theirs], list(theirs.values()), ":", color=colour)
             else:
                 for curve in curves[memory]:
                     axis.plot(curve[:, 0] / 1e6, curve[:, 1], color=colour, lw=0.7)
-                for best in [y for e, y in theirs if not e.isdigit()]:
+                if best is not None:
                     axis.axhline(best, ls=":", color=colour)
         if column == 0:
             axis.axvline(EPISODES + 0.5, color="grey", lw=0.7)
