@@ -44,10 +44,13 @@ class MemoryConfig:
     hidden_size: int = 0  # of the dense part; 0: as many parameters as train_s5.py's memory of that width
 
 
-class Cache(NamedTuple):
-    """The last `window` steps of every lane, whatever their trial. Batch shape (...), a ring of C slots."""
+CHUNK = 64  # queries at once: bounds the space of a long window
 
-    keys: jax.Array  # (..., C, heads, head_size) float32
+
+class Cache(NamedTuple):
+    """The last `window` steps of every lane, whatever their trial, as a ring. Batch shape (...)."""
+
+    keys: jax.Array  # (..., heads, window, head_size) float32
     values: jax.Array  # likewise
     slot: jax.Array  # (...) int32, the oldest slot: the next step goes there
     length: jax.Array  # (...) int32, how many of the last steps belong to the running trial, at most `window`
@@ -76,14 +79,14 @@ class TransformerBlock(nn.Module):
         return jnp.moveaxis(qkv.reshape(*x.shape[:-1], 3, self.config.heads, -1), -3, 0)
 
     def attend(self, queries, keys, values, age, length):
-        """(..., Q, heads, head_size) of queries over keys and values (..., K, heads, head_size).
+        """Queries (..., heads, Q, head_size), keys and values (..., heads, K, head_size) -> (..., Q, heads, head_size).
 
         age (..., Q, K) int: steps since the key, negative if ahead. length (..., Q) int: ages visible.
         """
         slopes = jnp.array([2.0 ** (-8.0 * h / self.config.heads) for h in range(1, self.config.heads + 1)])
         bias, age = -slopes[:, None, None] * age[..., None, :, :], age[..., None, :, :]
         visible = (age >= 0) & (age < length[..., None, :, None])
-        return nn.dot_product_attention(queries, keys, values, bias, visible)
+        return nn.dot_product_attention(*(jnp.swapaxes(a, -3, -2) for a in (queries, keys, values)), bias, visible)
 
     def finish(self, x, attended):
         x = x + apply_flat(self.out, attended.reshape(*x.shape[:-1], -1))
@@ -93,28 +96,37 @@ class TransformerBlock(nn.Module):
         """x (..., width), reset (...) -> Cache, (..., width)."""
         query, key, value = self.project(x)
         keys, values = write(cache.keys, cache.slot, key), write(cache.values, cache.slot, value)
-        slots = keys.shape[-3]
-        length = jnp.minimum(jnp.where(reset, 0, cache.length) + 1, slots)
-        age = (cache.slot[..., None] - jnp.arange(slots)) % slots
-        attended = self.attend(query[..., None, :, :], keys, values, age[..., None, :], length[..., None])
-        return Cache(keys, values, (cache.slot + 1) % slots, length), self.finish(x, attended)
+        window = self.config.window
+        length = jnp.minimum(jnp.where(reset, 0, cache.length) + 1, window)
+        age = (cache.slot[..., None] - jnp.arange(window)) % window
+        attended = self.attend(query[..., None, :], keys, values, age[..., None, :], length[..., None])
+        return Cache(keys, values, (cache.slot + 1) % window, length), self.finish(x, attended)
 
     def __call__(self, cache, x, reset):
-        """x (T, B, width), reset (T, B) -> Cache, (T, B, width): the numbers of `step`, all at once."""
-        window, T, slots = self.config.window, len(x), cache.keys.shape[1]
-        queries, new_keys, new_values = jnp.moveaxis(self.project(x), 1, 2)
-        oldest_first = (cache.slot[:, None] + jnp.arange(slots)) % slots
-        order = oldest_first[:, :, None, None]
-        keys = jnp.concatenate([jnp.take_along_axis(cache.keys, order, 1), new_keys], 1)
-        values = jnp.concatenate([jnp.take_along_axis(cache.values, order, 1), new_values], 1)
+        """x (T, B, width), reset (T, B) -> Cache, (T, B, width): the numbers of `step`, CHUNK steps at once."""
+        T, window, chunk = len(x), self.config.window, min(len(x), CHUNK)
+        rest = (0, -T % chunk), (0, 0)  # fills the last chunk
+        queries, keys, values = jnp.moveaxis(self.project(jnp.pad(x, (*rest, (0, 0)))), 1, 3)
+        order = ((cache.slot[:, None] + jnp.arange(window)) % window)[:, None, :, None]  # oldest first
+        keys = jnp.concatenate([jnp.take_along_axis(cache.keys, order, 2), keys], 2)
+        values = jnp.concatenate([jnp.take_along_axis(cache.values, order, 2), values], 2)
 
-        t = jnp.arange(T)
-        start = jax.lax.cummax(jnp.where(reset.T, t, -cache.length[:, None]), axis=1)  # of the step's trial
+        reset = jnp.pad(reset, rest).T
+        t = jnp.arange(reset.shape[1])
+        start = jax.lax.cummax(jnp.where(reset, t, -cache.length[:, None]), axis=1)  # of the step's trial
         length = jnp.minimum(t - start + 1, window)
-        age = slots + t[:, None] - jnp.arange(slots + T)
-        attended = self.attend(queries, keys, values, age[None], length)
-        cache = Cache(keys[:, -window:], values[:, -window:], jnp.zeros_like(cache.slot), length[:, -1])
-        return cache, self.finish(x, attended.swapaxes(0, 1))
+        age = window + jnp.arange(chunk)[:, None] - jnp.arange(window + chunk)
+
+        def attend(first):
+            q, k, v, n = (jax.lax.dynamic_slice_in_dim(a, first, size, axis) for a, size, axis in (
+                (queries, chunk, 2), (keys, window + chunk, 2), (values, window + chunk, 2), (length, chunk, 1)))
+            return self.attend(q, k, v, age[None], n)
+
+        attended = jax.lax.map(jax.checkpoint(attend, prevent_cse=False), jnp.arange(0, T, chunk))
+        attended = jnp.concatenate(attended.swapaxes(1, 2))[:T]
+        last = slice(T, T + window)
+        return (Cache(keys[:, :, last], values[:, :, last], jnp.zeros_like(cache.slot), length[:, T - 1]),
+                self.finish(x, attended))
 
 
 class Memory(nn.Module):
@@ -128,7 +140,7 @@ class Memory(nn.Module):
     @nn.nowrap
     def zero_state(self, batch_shape):
         c, count = self.config, jnp.zeros(batch_shape, jnp.int32)
-        zeros = jnp.zeros((*batch_shape, c.window, c.heads, c.head_size))
+        zeros = jnp.zeros((*batch_shape, c.heads, c.window, c.head_size))
         return (Cache(zeros, zeros, count, count),) * c.layers
 
     def prepare(self):
@@ -149,9 +161,9 @@ class Memory(nn.Module):
 
 
 def write(ring, slot, row):
-    """ring (..., C, heads, head_size) with row (..., heads, head_size) put into slot (...)."""
+    """ring (..., heads, window, head_size) with row (..., heads, head_size) put into slot (...)."""
     flat = ring.reshape(-1, *ring.shape[-3:])
-    flat = flat.at[jnp.arange(len(flat)), slot.ravel()].set(row.reshape(-1, *row.shape[-2:]))
+    flat = flat.at[jnp.arange(len(flat)), :, slot.ravel()].set(row.reshape(-1, *row.shape[-2:]))
     return flat.reshape(ring.shape)
 
 

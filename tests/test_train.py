@@ -196,8 +196,10 @@ def test_attention_sees_its_window_only():
     assert np.flatnonzero((before != after).any((1, 2))).tolist() == [7, 8, 9, 10, 11]
 
 
-def test_attention_cache_carries_over_and_forgets_at_resets():
-    """Sequence, steps and sequences cut anywhere agree; a trial gives what it gives alone."""
+@pytest.mark.parametrize("chunk", (4, 64))
+def test_attention_cache_carries_over_and_forgets_at_resets(chunk, monkeypatch):
+    """Sequence, steps and sequences cut anywhere agree, in chunks or whole; a trial gives what it gives alone."""
+    monkeypatch.setattr(train_transformer, "CHUNK", chunk)
     memory, params, state, x = attention_memory(layers=2)
     run = jax.jit(memory.apply)
     step = jax.jit(lambda *args: memory.apply(params, (), *args, method="step"))
@@ -219,6 +221,17 @@ def test_attention_cache_carries_over_and_forgets_at_resets():
     close(run(params, state, x[9:], no[9:])[1][:, 1:], whole[9:, 1:])
     close(run(params, state, x[14:], no[14:])[1][:, 0], whole[14:, 0])
     close(run(params, state, x[9:14], no[9:14])[1][:, 0], whole[9:14, 0])
+
+
+def test_attention_in_chunks_has_the_same_gradient(monkeypatch):
+    memory, params, state, x = attention_memory(layers=2)
+    reset = jnp.zeros(x.shape[:2], bool).at[9].set(True)
+
+    def gradient(chunk):
+        monkeypatch.setattr(train_transformer, "CHUNK", chunk)
+        return jax.jit(jax.grad(lambda *args: (memory.apply(*args, reset)[1]**2).sum(), (0, 2)))(params, state, x)
+
+    jax.tree.map(jax.tree_util.Partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), gradient(4), gradient(64))
 
 
 # -- GAE ------------------------------------------------------------------------------------------------------
