@@ -218,16 +218,21 @@ def label(memory, runs):
 
 # ---- Figures -----------------------------------------------------------------------------------------------
 def draw_memory(runs):
-    done = [run for run in runs if run.path.exists()]
-    found = [(run.memory, read_csv(run.path)[0]) for run in done]
-    rows = [{"trainer": memory} | {k: float(v) for k, v in r.items() if k != "trainer"} for memory, r in found]
+    """Lengths whose tables are gone or on another machine stay as results/paper/memory.csv has them."""
     reference = [{"trainer": r["memory"], "length": int(r["length"]), "return": float(r["return"])}
                  for r in read_csv(PAPER / "reference_memory.csv")]
-    theirs = {(r["trainer"], r["length"]): r["return"] for r in reference}
-    memory_chain.draw(rows, PAPER / "memory.png", reference)
-    return [{"memory": r["trainer"], "at": int(r["length"]), "paper": theirs[r["trainer"], int(r["length"])],
-             "ours": r["mean"], "low": r["low"], "high": r["high"], "worst": r["worst"], "seeds": int(r["seeds"]),
-             "million_frames": r["steps"] / 1e6} for r in rows]
+    theirs = {(r["length"], r["trainer"]): r["return"] for r in reference}
+    columns = ("ours", "low", "high", "worst", "seeds", "million_frames", "us_per_step", "megabytes")
+    table = PAPER / "memory.csv"
+    found = {f"{r['memory']}-{r['at']}": r for r in (read_csv(table) if table.exists() else [])}
+    for run in runs:
+        for r in read_csv(run.path) if run.path.exists() else []:
+            found[run.path.stem] = r | {"at": r["length"], "ours": r["mean"], "million_frames": float(r["steps"]) / 1e6}
+    rows = [{"memory": run.memory, "at": int(r["at"]), "paper": theirs[int(r["at"]), run.memory]}
+            | {k: float(r[k]) for k in columns} for run in runs if (r := found.get(run.path.stem))]
+    memory_chain.draw([r | {"trainer": r["memory"], "length": r["at"], "mean": r["ours"]} for r in rows],
+                      PAPER / "memory.png", reference)
+    return rows
 
 
 def best_return(run):

@@ -239,6 +239,10 @@ def test_reproduce_draws_finished_lengths(reproduce):
     assert [run.todo() is None for run in runs] == [True, True, False]
     rows = reproduce.draw_memory(runs)
     assert [(r["memory"], r["at"], r["paper"]) for r in rows] == [("S5", 4, 1.0), ("LSTM", 4, 1.0)]
+    reproduce.write_table("memory", rows)
+    runs[0].path.unlink()  # what was drawn is not forgotten with its table
+    runs[1].path.write_text(runs[1].path.read_text().replace("12.5", "11.5"))
+    assert [(r["memory"], r["us_per_step"]) for r in reproduce.draw_memory(runs)] == [("S5", 12.5), ("LSTM", 11.5)]
 
 
 def test_reading_scores_between_no_memory_and_the_oracle(tmp_path):
