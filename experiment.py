@@ -52,6 +52,8 @@ from jax.experimental.multihost_utils import broadcast_one_to_all
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
+import report
+
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
@@ -642,26 +644,12 @@ def final_scores(config: Any, options: Options, folder: Path | str) -> np.ndarra
     return nanmean(returns[-max(1, len(returns) // 10):], 0)
 
 
-def new_figure(*shape: int, **settings: Any):
-    """matplotlib's plt.subplots, drawing without a display."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    return plt.subplots(*shape, layout="tight", **settings)
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    import matplotlib.pyplot as plt
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
 def plot_training(config: Any, options: Options, folder: Path) -> None:
     """returns.png: return of finished episodes per task against steps, mean and range over seeds and settings."""
     returns = training_returns(config, options, folder)
     steps = config.steps_per_update * np.arange(1, len(returns) + 1)
     columns, lines = min(3, len(config.env)), math.ceil(len(config.env) / 3)
-    figure, axes = new_figure(lines, columns, figsize=(3.4 * columns, 2.6 * lines), squeeze=False)
+    figure, axes = report.panels(lines, columns, figsize=(3.4 * columns, 2.6 * lines))
     window = max(1, len(steps) // 50)
     n = len(steps) // window * window
     x = steps[:n].reshape(-1, window).mean(1) / 1e6
@@ -672,32 +660,25 @@ def plot_training(config: Any, options: Options, folder: Path) -> None:
         axis.plot(x, nanmean(y, 1), color="C0")
         axis.fill_between(x, np.fmin.reduce(y, 1), np.fmax.reduce(y, 1), alpha=0.25, lw=0, color="C0")
         axis.set(title=task, xlabel="million steps", ylabel="episode return")
-        axis.grid(alpha=0.3)
-    save_figure(figure, folder / "returns.png")
+    report.save(figure, folder / "returns.png")
 
 
 def write_sweep(config: Any, options: Options, folder: Path) -> None:
     """sweep.csv and sweep.png: the settings ranked by final return, mean and 95 % interval (t) over seeds."""
-    from scipy.stats import t as student
     settings, n = settings_of(config, options), options.num_seeds
-    scores = final_scores(config, options, folder).mean(1).reshape(len(settings), n)
-    mean, half = scores.mean(1), np.full(len(settings), np.nan)
-    if n > 1:
-        half = student.ppf(0.975, n - 1) * scores.std(1, ddof=1) / np.sqrt(n)
+    mean, low, high = report.t_interval(final_scores(config, options, folder).mean(1).reshape(len(settings), n).T)
     order = np.argsort(-np.nan_to_num(mean, nan=-np.inf))
-    table = [settings[i] | {"return": mean[i], "low": mean[i] - half[i], "high": mean[i] + half[i], "seeds": n}
-             for i in order]
+    table = [settings[i] | {"return": mean[i], "low": low[i], "high": high[i], "seeds": n} for i in order]
     with (folder / "sweep.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(table[0]))
         writer.writeheader()
         writer.writerows(table)
     labels = [", ".join(f"{name}={value:g}" for name, value in settings[i].items()) for i in order]
-    figure, axis = new_figure(figsize=(7, 1 + 0.35 * len(table)))
-    axis.errorbar(mean[order], labels, xerr=np.nan_to_num(half[order]), fmt="o", capsize=3)
+    figure, [[axis]] = report.panels(1, 1, figsize=(7, 1 + 0.35 * len(table)))
+    axis.errorbar(mean[order], labels, xerr=np.nan_to_num((high - mean)[order]), fmt="o", capsize=3)
     axis.invert_yaxis()
     axis.set_xlabel(f"return over the last tenth of training (mean and 95 % interval, {n} seeds)")
-    axis.grid(alpha=0.3)
-    save_figure(figure, folder / "sweep.png")
+    report.save(figure, folder / "sweep.png")
     print("\nsettings, best first:")
     for label, row in zip(labels, table):
         print(f"  {label:40s} {row['return']:9.2f}  [{row['low']:.2f}, {row['high']:.2f}]")

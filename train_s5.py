@@ -8,7 +8,7 @@
     python train_s5.py --help                                 # every flag, its default, one line each
 
 Copy this file with s5.py, envs.py, dmc.py, physics.py and sysid.py into another project and it trains there; with
-experiment.py beside it also writes run folders. From Python:
+experiment.py and report.py beside it, it also writes run folders. From Python:
 
     out = jax.jit(jax.vmap(make_train(Config(num_envs=96))))(jax.vmap(jax.random.PRNGKey)(jnp.arange(4)))
 

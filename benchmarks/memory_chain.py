@@ -20,11 +20,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.stats import t as student
 
 from common import RESULTS, Table, compile_program, plot_into  # first: it finds the project
 
 import experiment
+import report
 import train_lstm
 import train_s5
 import train_transformer
@@ -65,9 +65,8 @@ def train_seeds(trainer, config, seeds):
 
 def mean_interval(x):
     """Mean and 95 % interval (t) of x (n,) and its worst, as columns."""
-    half = student.ppf(0.975, len(x) - 1) * x.std(ddof=1) / len(x)**0.5 if len(x) > 1 else np.nan
-    mean = float(x.mean())
-    return {"mean": mean, "low": mean - half, "high": mean + half, "worst": float(x.min()), "seeds": len(x)}
+    mean, low, high = map(float, report.t_interval(x))
+    return {"mean": mean, "low": low, "high": high, "worst": float(x.min()), "seeds": len(x)}
 
 
 def draw(rows, path, reference=()):

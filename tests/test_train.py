@@ -74,7 +74,7 @@ def test_trainers_differ_in_memory_only():
                                            ("train_lstm", ("envs.py", "dmc.py", "physics.py", "sysid.py")),
                                            ("train_transformer", ("envs.py", "dmc.py", "physics.py", "sysid.py"))])
 def test_runs_when_copied_alone(trainer, files, tmp_path):
-    """Without experiment.py it prints a table, with it makes a run folder. The same returns."""
+    """Without experiment.py it prints a table, with it and report.py makes a run folder. The same returns."""
     def train(*flags):
         done = subprocess.run([sys.executable, f"{trainer}.py", "--env", "CartPole-v1", "--total-timesteps", "2560",
                                *SIZES, *flags], cwd=tmp_path, capture_output=True, text=True, env=clean)
@@ -87,7 +87,8 @@ def test_runs_when_copied_alone(trainer, files, tmp_path):
     head, *lines = [line.split("\t") for line in train().splitlines()]
     assert head == ["steps", "CartPole-v1"] and [int(steps) for steps, _ in lines] == [1280, 2560]
     assert not (tmp_path / "runs").exists()
-    shutil.copy(ROOT / "experiment.py", tmp_path)
+    for name in ("experiment.py", "report.py"):
+        shutil.copy(ROOT / name, tmp_path)
     assert "evaluation left out" in train()
     [folder] = tmp_path.glob("runs/*")
     returns = np.array([row["return/CartPole-v1"] for row in experiment.read_metrics(folder)]).reshape(2, 10)
