@@ -61,11 +61,8 @@ def program(memory, cost, length, batch, width):
     x, reset = jax.random.normal(key, (steps, batch, width)), jnp.zeros((steps, batch), bool)
     state = memory.zero_state((batch,))
     params = memory.init(key, state, x[:1], reset[:1])
-    if isinstance(memory, train_transformer.Memory):
-        if cost == "acting":  # a full cache
-            state = tuple(cache._replace(length=jnp.full(batch, length)) for cache in state)
-        else:  # no cache in front of the sequence
-            state = tuple(c._replace(keys=c.keys[:, :0], values=c.values[:, :0]) for c in state)
+    if cost == "acting" and isinstance(memory, train_transformer.Memory):  # a full cache
+        state = tuple(cache._replace(length=jnp.full(batch, length)) for cache in state)
 
     def forward(params, state, x, reset):
         return memory.apply(params, state, x, reset)[1]
