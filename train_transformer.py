@@ -118,6 +118,7 @@ class TransformerBlock(nn.Module):
         age = window + jnp.arange(chunk)[:, None] - jnp.arange(window + chunk)
 
         def attend(first):
+            """The chunk of queries from `first` on. Its scores are computed again for the gradient, not kept."""
             q, k, v, n = (jax.lax.dynamic_slice_in_dim(a, first, size, axis) for a, size, axis in (
                 (queries, chunk, 2), (keys, window + chunk, 2), (values, window + chunk, 2), (length, chunk, 1)))
             return self.attend(q, k, v, age[None], n)

@@ -218,7 +218,10 @@ def label(memory, runs):
 
 # ---- Figures -----------------------------------------------------------------------------------------------
 def draw_memory(runs):
-    """Lengths whose tables are gone or on another machine stay as results/paper/memory.csv has them."""
+    """Lengths whose tables are gone or on another machine stay as results/paper/memory.csv has them.
+
+    Delete that file when the settings change: it does not know them.
+    """
     reference = [{"trainer": r["memory"], "length": int(r["length"]), "return": float(r["return"])}
                  for r in read_csv(PAPER / "reference_memory.csv")]
     theirs = {(r["length"], r["trainer"]): r["return"] for r in reference}

@@ -5,7 +5,8 @@
 
 All have the same width and number of blocks and are the trainers' own memories: S5 with as many states as the
 width (and its two scans), LSTM and GRU with as many units, flax's cells scanned; attention over the whole
-sequence, 4 heads of width / 4 and twice the width inside its dense part. Three costs:
+sequence, in chunks that also meet its empty cache, 4 heads of width / 4 and twice the width inside its dense
+part. Three costs:
 
     forward            the whole sequence, from an empty state
     forward+backward   and the gradient of the mean square output with respect to the parameters
