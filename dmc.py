@@ -1,13 +1,13 @@
-"""DeepMind Control tasks in JAX: by domain the model, then start, observation and reward of its tasks.
+"""DeepMind Control tasks in JAX. For each domain: its model, then start, observation and reward of its tasks.
 
     env = DMC("finger-spin")                         # a gymnax 1.x environment; all names: TASKS
     params = env.default_params
     obs, state = env.reset(key, params)
     obs, state, reward, terminated, truncated, info = env.step(key, state, action, params)
 
-The reference is dm_control itself (Tassa et al. 2018, arXiv 1801.00690; Apache-2.0): its masses and lengths in
-models of our own wording that hold the physics only, its control step, observation order, reward and distribution
-of initial states. It is not needed to run: with physics.py beside it this file wants jax, mujoco and gymnax.
+The reference is dm_control (Tassa et al. 2018, arXiv 1801.00690; Apache-2.0). Masses, lengths, control step, order of
+the observation, reward and distribution of initial states are dm_control's. The models are written anew and contain the
+physics only. dm_control is not needed to run: this file needs physics.py, jax, mujoco and gymnax.
 
 Units are metres, kilograms, seconds, newtons and radians; angles inside the models are degrees.
 """
@@ -606,42 +606,73 @@ def walker_reward(s, ctrl, env, speed=0.0):
 
 
 # ---- The tasks ---------------------------------------------------------------------------------------------
-def finger_turn(radius):
-    return Task(FINGER.replace("HINGE_DAMPING", ".5"), 2, 12, partial(finger_start, turn=True),
-                partial(finger_observe, radius=radius), partial(turn_reward, radius=radius))
+def acrobot(margin):
+    return Task(model=ACROBOT, substeps=1, obs_dim=6, start=acrobot_start, observe=acrobot_observe,
+                reward=partial(acrobot_reward, margin=margin))
 
 
 def cartpole(swingup, reward=cartpole_reward, poles=1):
-    start = partial(cartpole_start, swingup=swingup)
-    return Task(cartpole_model(poles), 1, 2 + 3 * poles, start, cartpole_observe, reward)
+    return Task(model=cartpole_model(poles), substeps=1, obs_dim=2 + 3 * poles,
+                start=partial(cartpole_start, swingup=swingup), observe=cartpole_observe, reward=reward)
+
+
+def finger_turn(radius):
+    return Task(model=FINGER.replace("HINGE_DAMPING", ".5"), substeps=2, obs_dim=12,
+                start=partial(finger_start, turn=True), observe=partial(finger_observe, radius=radius),
+                reward=partial(turn_reward, radius=radius))
+
+
+def hopper(reward):
+    return Task(model=HOPPER, substeps=4, obs_dim=15, start=hopper_start, observe=hopper_observe,
+                reward=reward, start_steps=1)
+
+
+def point_mass(start):
+    return Task(model=POINT_MASS, substeps=1, obs_dim=4, start=start, observe=positions,
+                reward=point_mass_reward)
+
+
+def reacher(radius):
+    return Task(model=REACHER, substeps=1, obs_dim=6, start=reacher_start, observe=reacher_observe,
+                reward=partial(reacher_reward, radius=radius))
+
+
+def walker(reward):
+    return Task(model=WALKER, substeps=10, obs_dim=24, start=walker_start, observe=walker_observe,
+                reward=reward)
 
 
 TASKS = {  # dm_control's "DOMAIN-TASK"
-    "acrobot-swingup": Task(ACROBOT, 1, 6, acrobot_start, acrobot_observe, partial(acrobot_reward, margin=1.0)),
-    "acrobot-swingup_sparse": Task(
-        ACROBOT, 1, 6, acrobot_start, acrobot_observe, partial(acrobot_reward, margin=0.0)),
-    "ball_in_cup-catch": Task(BALL_IN_CUP, 10, 8, cup_start, positions, cup_reward),
+    "acrobot-swingup": acrobot(margin=1.0),
+    "acrobot-swingup_sparse": acrobot(margin=0.0),
+    "ball_in_cup-catch": Task(
+        model=BALL_IN_CUP, substeps=10, obs_dim=8, start=cup_start, observe=positions, reward=cup_reward),
     "cartpole-balance": cartpole(swingup=False),
     "cartpole-balance_sparse": cartpole(swingup=False, reward=cartpole_sparse_reward),
     "cartpole-swingup": cartpole(swingup=True),
     "cartpole-swingup_sparse": cartpole(swingup=True, reward=cartpole_sparse_reward),
     "cartpole-two_poles": cartpole(swingup=True, poles=2),
     "cartpole-three_poles": cartpole(swingup=True, poles=3),
-    "cheetah-run": Task(CHEETAH, 1, 17, cheetah_start, without_x, cheetah_reward, start_steps=199),
+    "cheetah-run": Task(
+        model=CHEETAH, substeps=1, obs_dim=17, start=cheetah_start, observe=without_x,
+        reward=cheetah_reward, start_steps=199),
     "finger-spin": Task(
-        FINGER.replace("HINGE_DAMPING", ".03"), 2, 9, finger_start, finger_observe, spin_reward),
-    "finger-turn_easy": finger_turn(0.07),
-    "finger-turn_hard": finger_turn(0.03),
-    "hopper-hop": Task(HOPPER, 4, 15, hopper_start, hopper_observe, hop_reward, start_steps=1),
-    "hopper-stand": Task(HOPPER, 4, 15, hopper_start, hopper_observe, hopper_stand_reward, start_steps=1),
-    "pendulum-swingup": Task(PENDULUM, 1, 3, pendulum_start, pendulum_observe, pendulum_reward),
-    "point_mass-easy": Task(POINT_MASS, 1, 4, point_mass_start, positions, point_mass_reward),
-    "point_mass-hard": Task(POINT_MASS, 1, 4, partial(point_mass_start, hard=True), positions, point_mass_reward),
-    "reacher-easy": Task(REACHER, 1, 6, reacher_start, reacher_observe, partial(reacher_reward, radius=0.05)),
-    "reacher-hard": Task(REACHER, 1, 6, reacher_start, reacher_observe, partial(reacher_reward, radius=0.015)),
-    "walker-run": Task(WALKER, 10, 24, walker_start, walker_observe, partial(walker_reward, speed=8.0)),
-    "walker-stand": Task(WALKER, 10, 24, walker_start, walker_observe, walker_reward),
-    "walker-walk": Task(WALKER, 10, 24, walker_start, walker_observe, partial(walker_reward, speed=1.0)),
+        model=FINGER.replace("HINGE_DAMPING", ".03"), substeps=2, obs_dim=9, start=finger_start,
+        observe=finger_observe, reward=spin_reward),
+    "finger-turn_easy": finger_turn(radius=0.07),
+    "finger-turn_hard": finger_turn(radius=0.03),
+    "hopper-hop": hopper(hop_reward),
+    "hopper-stand": hopper(hopper_stand_reward),
+    "pendulum-swingup": Task(
+        model=PENDULUM, substeps=1, obs_dim=3, start=pendulum_start, observe=pendulum_observe,
+        reward=pendulum_reward),
+    "point_mass-easy": point_mass(point_mass_start),
+    "point_mass-hard": point_mass(partial(point_mass_start, hard=True)),
+    "reacher-easy": reacher(radius=0.05),
+    "reacher-hard": reacher(radius=0.015),
+    "walker-run": walker(partial(walker_reward, speed=8.0)),
+    "walker-stand": walker(walker_reward),
+    "walker-walk": walker(partial(walker_reward, speed=1.0)),
 }
 
 

@@ -1,239 +1,261 @@
-"""Environments by name, and `Lanes`, the batched in-context view of them: random projections, trials, resets.
+"""Environments by name, and `Trials`: many environments side by side, seen through random projections.
 
-    env, params = make("dmc:finger-spin")            # also "CartPole-v1", "popgym:RepeatPreviousHard", "brax:ant"
-    obs, state = env.reset(key, params)              # gymnax 1.x interface throughout
-    obs, state, reward, terminated, truncated, info = env.step(key, state, action, params)
+    env, params = make("finger-spin")                # also "CartPole-v1", "popgym:...", "brax:ant"
+    obs, state = env.reset(key, params)              # every environment has gymnax's interface
 
-    lanes = Lanes(TRAIN_TASKS, num_lanes=192)        # many tasks, random projections, trials
-    state, inputs = lanes.reset(key)
-    state, inputs, out = lanes.step(state, action, t)
+    trials = Trials(TRAIN_TASKS, num_envs=192)       # many tasks, random projections, trials
+    state, observation = trials.reset(key)
+    state, observation, transition = trials.step(state, action, t)
 
-After Lu et al. 2023 (arXiv 2303.03982), an agent meets a task through *random linear projections* of observation
-and action, fresh ones in every trial: see Lanes. The DMControl tasks are in dmc.py; popgym.py and brax are wanted for
-their tasks only.
+A *trial* is a number of episodes of one task under one pair of random linear projections (Lu et al.,
+arXiv 2303.03982, section 5): the agent observes o' = symlog(Mo o) and acts by a = clip(Ma a', -1, 1).
+Mo and Ma are drawn anew in every trial, so an agent cannot memorise a task. It has to find out, inside
+its context, what its inputs mean and what its outputs do.
+
+This file needs jax and flax. gymnax, dmc.py, popgym.py, brax_env.py and sysid.py are imported only when
+one of their environments, or system identification, is requested.
 """
+
 import ast
-import dataclasses
 import difflib
+import importlib
 import math
+import sys
 from functools import partial
 from typing import Any, NamedTuple
 
-import distrax
-import gymnax
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from gymnax.environments import environment, spaces
 
-import dmc
-import sysid
-
-# The split of Lu et al. 2023: an agent trains on the first and is then tested on the second, too
-TRAIN_TASKS = ("ball_in_cup-catch", "cartpole-swingup", "finger-spin", "finger-turn_hard", "point_mass-easy",
-               "reacher-easy")
-HELD_OUT_TASKS = ("cartpole-balance", "finger-turn_easy", "pendulum-swingup", "point_mass-hard", "reacher-hard")
-
-
-# ---- Environments by name ----------------------------------------------------------------------------------
-@struct.dataclass
-class BraxState:
-    """State of a brax environment."""
-
-    brax: Any  # brax.envs.State
-    time: jax.Array  # () int32
+# The split of Lu et al.: an agent trains on the first six tasks and is tested on the other five, too.
+TRAIN_TASKS = (
+    "ball_in_cup-catch", "cartpole-swingup", "finger-spin", "finger-turn_hard", "point_mass-easy",
+    "reacher-easy")
+HELD_OUT_TASKS = (
+    "cartpole-balance", "finger-turn_easy", "pendulum-swingup", "point_mass-hard", "reacher-hard")
+PROJECTIONS = ("gaussian", "orthogonal", "rademacher", "identity", "none")
+ACTION_BINS = 9  # values of a continuous action, per dimension
+CPU_BLOCK = 128  # a CPU steps at most so many environments at once: their numbers then stay in its cache
 
 
-class Brax(environment.Environment):
-    """A brax environment with gymnax's interface: `done` is termination, 1000 steps truncation.
-
-    Args:
-      name: brax's, such as "ant".
-      **kwargs: go to the brax environment's constructor (backend="spring", ...).
-    """
-
-    def __init__(self, name, **kwargs):
-        super().__init__()
-        import brax.envs
-
-        self.env, self.env_name = brax.envs.get_environment(name, **kwargs), name
-
-    @property
-    def name(self):
-        return f"brax:{self.env_name}"
-
-    @property
-    def default_params(self):
-        return dmc.EnvParams()
-
-    def reset_env(self, key, params):
-        state = self.env.reset(key)
-        return state.obs, BraxState(state, jnp.int32(0))
-
-    def step_env(self, key, state, action, params):
-        brax = self.env.step(state.brax, action)
-        state = BraxState(brax, state.time + 1)
-        return brax.obs, state, brax.reward, brax.done > 0, {"discount": 1 - brax.done}
-
-    def is_terminated(self, state, params):
-        return state.brax.done > 0
-
-    def action_space(self, params=None):
-        return spaces.Box(-1.0, 1.0, (self.env.action_size,), jnp.float32)
-
-    def observation_space(self, params=None):
-        return spaces.Box(-jnp.inf, jnp.inf, (self.env.observation_size,), jnp.float32)
+# ---- Environments by name ------------------------------------------------------------------------
+def is_dmc(name: Any) -> bool:
+    """Whether `name` is a DMControl task: "dmc:TASK", or TASK alone, which starts in lower case."""
+    task = str(name).removeprefix("dmc:")
+    return isinstance(name, str) and ":" not in task and task[:1].islower()
 
 
-def is_dmc(name):
-    """Whether `name` is one of the DMControl tasks, with or without "dmc:"."""
-    return name.removeprefix("dmc:") in dmc.TASKS
-
-
-def parse_kwargs(texts):
-    """The kwargs of `make` from texts: ("memory_length=64",) -> {"memory_length": 64}. Raises ValueError."""
+def parse_kwargs(texts: tuple[str, ...]) -> dict[str, Any]:
+    """Keyword arguments of `make` from texts: ("memory_length=64",) -> {"memory_length": 64}."""
     kwargs = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals:
             raise ValueError(f"env_kwargs {text!r}: expected KEY=VALUE")
-        try:
-            kwargs[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            kwargs[name] = value
+        number = value.lstrip("+-")[:1].isdigit() or value in ("True", "False", "None")
+        kwargs[name] = ast.literal_eval(value) if number else value
     return kwargs
 
 
-def make(name, backend="fused", **kwargs):
-    """The environment called `name` and its default parameters, as gymnax.make.
+def make(name: Any, **kwargs: Any) -> tuple[Any, Any]:
+    """The environment called `name` and its parameters, as gymnax.make.
 
     Args:
-      name: "dmc:finger-spin" ("dmc:" may be left out), "popgym:RepeatPreviousHard", any gymnax name, or "brax:ant".
-      backend: physics of DMControl ("fused", "mjx"); for brax, any but "fused" replaces brax's default.
-      **kwargs: fields of the parameters (max_steps_in_episode, memory_length, ...), else arguments of the
-        environment's constructor.
+      name: "finger-spin" or "dmc:finger-spin", "popgym:RepeatPreviousHard", "brax:ant", a gymnax name
+        such as "CartPole-v1", "MODULE:NAME" for a class or function of your own that returns a
+        gymnax-style environment, or such an environment itself.
+      **kwargs: fields of the environment's parameters (max_steps_in_episode=...) or arguments of its
+        constructor (backend="mjx").
 
     Returns:
       (environment, parameters).
 
     Raises:
-      ValueError: unknown name; the nearest known ones are named.
-      TypeError: unknown argument.
+      ValueError: unknown name, or one that cannot be imported. The nearest known names are given.
+      TypeError: unknown keyword argument.
     """
-    known = [f"dmc:{task}" for task in dmc.TASKS] + list(dmc.TASKS) + list(gymnax.registered_envs)
-    if name.startswith("brax:"):
-        import brax.envs
+    build = _builder(name) if isinstance(name, str) else lambda: name
+    fields = getattr(build().default_params, "__dataclass_fields__", ()) if kwargs else ()
+    env = build(**{key: value for key, value in kwargs.items() if key not in fields})
+    changes = {key: value for key, value in kwargs.items() if key in fields}
+    return env, env.default_params.replace(**changes) if changes else env.default_params
 
-        known = [f"brax:{env}" for env in brax.envs._envs]
-    elif name.startswith("popgym:"):
-        import popgym
 
-        known = [f"popgym:{task}" for task in popgym.TASKS]
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or sorted(known)
-        raise ValueError(f"unknown environment {name!r}; nearest: {', '.join(near)}")
+def _builder(name: str) -> Any:
+    """The constructor of the environment called `name`."""
+    prefix, _, rest = name.rpartition(":")
     if is_dmc(name):
-        build = partial(dmc.DMC, name.removeprefix("dmc:"), backend)
-    elif name.startswith("popgym:"):
-        build = popgym.TASKS[name.removeprefix("popgym:")]
-    elif name.startswith("brax:"):
-        build = partial(Brax, name.removeprefix("brax:"), **({} if backend == "fused" else {"backend": backend}))
+        import dmc
+        known, build = dmc.TASKS, partial(dmc.DMC, rest)
+    elif prefix == "popgym":
+        import popgym
+        known, build = popgym.TASKS, popgym.TASKS.get(rest)
+    elif prefix == "brax":
+        import brax_env
+        known, build = brax_env.names(), partial(brax_env.Brax, rest)
+    elif prefix:
+        if "" not in sys.path:
+            sys.path.append("")  # the working directory
+        try:
+            return getattr(importlib.import_module(prefix), rest)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"environment {name!r} cannot be imported: {error}") from None
     else:
-        def build(**arguments):
-            return gymnax.make(name, **arguments)[0]
-    fields = {f.name for f in dataclasses.fields(build().default_params)} if kwargs else ()
-    env = build(**{k: v for k, v in kwargs.items() if k not in fields})
-    return env, env.default_params.replace(**{k: v for k, v in kwargs.items() if k in fields})
+        import gymnax
+        known = gymnax.registered_envs
+
+        def build(**kwargs):
+            return gymnax.make(name, **kwargs)[0]
+    if rest not in known:
+        tasks = [f"{prefix}:{task}" if prefix else task for task in known]
+        nearest = difflib.get_close_matches(name, tasks, n=3, cutoff=0.4) or sorted(tasks)
+        raise ValueError(f"unknown environment {name!r}; nearest: {', '.join(nearest)}")
+    return build
 
 
-# ---- Projections and trials --------------------------------------------------------------------------------
-PROJECTIONS = ("gaussian", "orthogonal", "rademacher", "identity", "none")
-BLOCK = 128  # lanes that a CPU steps at once, at most
+# ---- Spaces: read by their attributes, so that those of gymnax, gymnasium and your own do ----------
+def parts_of(space: Any) -> list[Any]:
+    """The spaces inside dictionaries and tuples, in the order of jax.tree.leaves of an observation."""
+    if hasattr(space, "n") or getattr(space, "shape", None) is not None:
+        return [space]
+    inner = getattr(space, "spaces", space)
+    if not isinstance(inner, (dict, tuple, list)):
+        return [space]
+    inner = [inner[key] for key in sorted(inner)] if isinstance(inner, dict) else inner
+    return [part for child in inner for part in parts_of(child)]
 
 
-def sample_matrix(key, kind, rows, cols):
-    """A random float32 (rows, cols) matrix of one of PROJECTIONS (but "none").
+def choices_of(space: Any) -> tuple[int, ...]:
+    """Choices in each dimension of a discrete action; () if it is continuous."""
+    choices = getattr(space, "nvec", None)  # of a MultiDiscrete space
+    choices = getattr(space, "n", ()) if choices is None else choices
+    return tuple(int(n) for n in np.ravel(choices))
 
-    Every random kind has entries of mean 0 and variance 1/fan_in with fan_in = cols, so that inputs of variance 1
-    give outputs of variance 1.
 
-    Args:
-      key: random key.
-      kind: "gaussian": independent normal entries. "rademacher": independent +-1/sqrt(cols). "orthogonal":
-        Haar-distributed orthonormal columns (rows >= cols) or rows, times the factor that gives that variance:
-        sqrt(rows/cols), or 1. "identity": ones on the diagonal (keeps the first components, pads with zeros).
-      rows: size of what comes out.
-      cols: size of what goes in.
+def _check_spaces(task: Any, observation: Any, action: Any) -> None:
+    """ValueError, one sentence that names the space, unless a trainer can use both."""
+    for part in parts_of(observation):
+        if not hasattr(part, "n") and getattr(part, "shape", None) is None:
+            raise ValueError(f"{task} has the observation space {part}, which has neither .n nor .shape")
+    bounds = [np.asarray(getattr(action, name, np.nan)) for name in ("low", "high")]
+    bounded = getattr(action, "shape", None) is not None and all(np.isfinite(x).all() for x in bounds)
+    if not choices_of(action) and not bounded:
+        raise ValueError(f"{task} has the action space {action}; supported are one or more discrete "
+                         "choices (.n or .nvec), and arrays (.shape) with finite .low and .high")
+
+
+# ---- Projections ---------------------------------------------------------------------------------
+def projection_matrix(normal: jax.Array, kind: str) -> jax.Array:
+    """A random projection from independent standard normal entries (..., rows, cols).
+
+    The entries of every random kind have mean 0 and variance 1/cols, so that inputs of variance 1
+    give outputs of variance 1. "gaussian": independent normal entries. "rademacher": independent
+    +-1/sqrt(cols). "orthogonal": Haar-distributed orthonormal columns (rows >= cols) or rows, scaled
+    to that variance. "identity": ones on the diagonal.
     """
-    return shape_matrix(jax.random.normal(key, (rows, cols), jnp.float32), kind)
-
-
-def shape_matrix(normal, kind):
-    """sample_matrix from independent standard normal entries (..., rows, cols)."""
     rows, cols = normal.shape[-2:]
     if kind == "gaussian":
         return normal / math.sqrt(cols)
     if kind == "rademacher":
         return jnp.where(normal < 0, -1.0, 1.0) / math.sqrt(cols)
-    if kind == "orthogonal":
-        if rows < cols:
-            return shape_matrix(normal.mT, kind).mT / math.sqrt(cols / rows)
-        q = jnp.zeros_like(normal)  # Gram and Schmidt's way, not LAPACK's: see sysid.solve
-        for j in range(cols):
-            column = normal[..., j]
-            for _ in range(2):  # a second time, because of rounding
-                column = column - (q * (q * column[..., None]).sum(-2, keepdims=True)).sum(-1)
-            q = q.at[..., j].set(column / jnp.linalg.norm(column, axis=-1, keepdims=True))
-        return q * math.sqrt(rows / cols)
-    return jnp.broadcast_to(jnp.eye(rows, cols, dtype=normal.dtype), normal.shape)
+    if kind == "identity":
+        return jnp.broadcast_to(jnp.eye(rows, cols, dtype=normal.dtype), normal.shape)
+    if rows < cols:
+        return projection_matrix(normal.mT, kind).mT / math.sqrt(cols / rows)
+    q = jnp.zeros_like(normal)  # Gram-Schmidt by hand: LAPACK's batched QR can deadlock, see sysid.solve
+    for j in range(cols):
+        column = normal[..., j]
+        for _ in range(2):  # the second pass removes the rounding errors of the first
+            column = column - (q * (q * column[..., None]).sum(-2, keepdims=True)).sum(-1)
+        q = q.at[..., j].set(column / jnp.linalg.norm(column, axis=-1, keepdims=True))
+    return q * math.sqrt(rows / cols)
+
+
+def matvec(matrix: jax.Array, x: jax.Array) -> jax.Array:
+    """(N, rows, cols), (N, cols) -> (N, rows) in full float32."""
+    return (matrix * x[:, None, :]).sum(-1)
+
+
+def symlog(x: jax.Array) -> jax.Array:
+    """sign(x) log(1 + |x|), elementwise: velocities reach +-100."""
+    return jnp.sign(x) * jnp.log1p(jnp.abs(x))
+
+
+def action_values(num_bins: int = ACTION_BINS) -> jax.Array:
+    """The values in [-5, 5] that the bins of a continuous action stand for, denser around 0.
+
+    The bound is far beyond 1, every actuator's limit, because most projections leave some direction of
+    control weak. The small values serve directions that are strong.
+    """
+    x = jnp.linspace(-1.0, 1.0, num_bins)
+    return 5.0 * x * jnp.abs(x)
+
+
+# ---- What an agent observes, and what a step returns ---------------------------------------------
+class Observation(NamedTuple):
+    """What the network observes in one step of N environments. Every field is float32."""
+
+    projected: jax.Array  # (N, obs_size) o' = symlog(Mo o), or symlog(o) without a projection
+    change: jax.Array  # (N, obs_size) o' minus the previous o'; 0 at an episode's start; or (N, 0)
+    context: jax.Array  # (N, actions + 3) previous action (one-hot if discrete), previous reward,
+    # episode start, trial start. Action and reward are 0 at a trial's start only.
+    sysid: jax.Array  # (N, F) features of sysid.py, 0 at an episode's start; or (N, 0)
+    state: jax.Array  # (N, S) task and raw observation, for the critic in training only; or (N, 0)
+
+
+class Transition(NamedTuple):
+    """The outcome of one step of N environments."""
+
+    reward: jax.Array  # (N,) float32, raw; 0 where diverged
+    terminated: jax.Array  # (N,) bool, the task is over: no value follows
+    truncated: jax.Array  # (N,) bool, the episode ends, but not because the task is over
+    trial_end: jax.Array  # (N,) bool, the hidden state is reset before the next observation
+    diverged: jax.Array  # (N,) bool, a number was not finite or a velocity exceeded 1e4
+    episode_return: jax.Array  # (N,) float32, sum of the raw rewards of this episode so far
+    whole_episode: jax.Array  # (N,) bool, the return counts from the episode's true start
+
+    @property
+    def episode_end(self) -> jax.Array:
+        return self.terminated | self.truncated
+
+
+class Counters(NamedTuple):
+    """Where N environments are in their trials."""
+
+    episode_step: jax.Array  # (N,) int32; a staggered first episode does not begin at 0
+    episode: jax.Array  # (N,) int32, episodes of this trial that are over
+    episode_return: jax.Array  # (N,) float32
+    whole_episode: jax.Array  # (N,) bool
 
 
 class Start(NamedTuple):
-    """What a lane takes at the start of an episode (env, obs) and of a trial (matrices)."""
+    """Where an environment starts: an episode takes `env` and `obs`, a trial also the matrices."""
 
-    env: tuple  # per task: environment states, leading axis the task's lanes
+    env: tuple  # per task: states of its environments
     obs: jax.Array  # (N, largest obs_dim) raw observation, zero-padded
-    obs_matrix: Any  # (N, obs_size, largest obs_dim), zero-padded; None without projection
-    act_matrix: Any  # (N, largest act_dim, action_size), zero-padded; None without projection. If actions are
-    # discrete (N, action_size) int32: what each of the agent's actions is to the environment; None if just that
+    obs_matrix: Any  # (N, obs_size, largest obs_dim), zero-padded; None without a projection
+    act_matrix: Any  # (N, largest act_dim, action_size), zero-padded; None without a projection.
+    # For discrete actions (N, num_bins) int32, a permutation; None without a projection
 
 
 @struct.dataclass
-class LanesState:
-    """State of all lanes: a pytree of arrays. N lanes in blocks of tasks."""
+class TrialsState:
+    """State of N environments, a pytree of arrays. Those of one task are neighbours."""
 
-    env: tuple  # per task: its environments' states (DMCState: env[i].qpos is (N / tasks, nq))
-    obs_matrix: Any  # as in Start, of the running trials
+    env: tuple  # per task: its environments' states; a DMControl task's env[i].qpos is (N / tasks, nq)
+    obs_matrix: Any
     act_matrix: Any
-    spare: Start
-    input: jax.Array  # (N, input_size + privileged_size) float32, what the agent sees now
-    identified: Any  # sysid.State of the running trials; None if not asked for
-    episode_step: jax.Array  # (N,) int32, steps of this episode, those a staggered lane did not live included
-    episode: jax.Array  # (N,) int32, episodes of this trial that are over
-    trial_step: jax.Array  # (N,) int32, steps of this trial
-    episode_complete: jax.Array  # (N,) bool, this episode was seen from its start
-    episode_return: jax.Array  # (N,) float32
+    spare: Start  # what the next episode or trial starts from
+    projected: jax.Array  # (N, obs_size), as observed last
+    sysid: Any  # sysid.State, or None
+    counters: Counters
     key: jax.Array
 
 
-class LaneStep(NamedTuple):
-    """What happened in one step of N lanes."""
-
-    reward: jax.Array  # (N,) float32, raw; 0 where diverged
-    terminated: jax.Array  # (N,) bool, the task is over: nothing to bootstrap
-    truncated: jax.Array  # (N,) bool, and not terminated: out of time, or diverged
-    episode_end: jax.Array  # (N,) bool, terminated or truncated
-    trial_end: jax.Array  # (N,) bool, the memory is to be reset before the next input
-    final_input: jax.Array  # (N, input_size + privileged_size) float32, made from the observation before any reset
-    episode_return: jax.Array  # (N,) float32, sum of raw rewards of this episode so far
-    episode_complete: jax.Array  # (N,) bool, this episode was seen from its true start (not a staggered one)
-    diverged: jax.Array  # (N,) bool
-    trial_step: jax.Array  # (N,) int32, index of this step within its trial
-
-
-def select(mask, new, old):
-    """Leaves of `new` where mask (N,), else of `old`, which has the dtypes."""
+def select(mask: jax.Array, new: Any, old: Any) -> Any:
+    """Leaves of `new` where mask (N,), else of `old`, in the dtypes of `old`."""
 
     def pick(a, b):
         return jnp.where(jnp.expand_dims(mask, tuple(range(1, b.ndim))), a, b).astype(b.dtype)
@@ -241,453 +263,376 @@ def select(mask, new, old):
     return jax.tree.map(pick, new, old)
 
 
-def matvec(matrix, x):
-    """(N, rows, cols), (N, cols) -> (N, rows), in full float32 and fused with what surrounds it."""
-    return (matrix * x[:, None, :]).sum(-1)
-
-
-def symlog(x):
-    """sign(x) log(1 + |x|), elementwise."""
-    return jnp.sign(x) * jnp.log1p(jnp.abs(x))
-
-
-def pad_to(x, shape):
-    """x (n, ...) with zeros up to (n, *shape)."""
+def pad_to(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """x (N, ...) with zeros up to (N, *shape)."""
     return jnp.pad(x, [(0, 0)] + [(0, want - have) for want, have in zip(shape, x.shape[1:])])
 
 
-@struct.dataclass
-class BinnedActions:
-    """A policy over continuous actions: in every dimension one of `bins` values in [-5, 5], denser around 0.
-
-    The bound is far beyond 1, the limit of every actuator, because most projections leave some direction of control
-    weak; small values are there for those that are strong.
-    """
-
-    logits: jax.Array  # (..., action_size, bins) float32
-
-    @property
-    def choice(self):
-        return distrax.Independent(distrax.Categorical(logits=self.logits), 1)
-
-    @property
-    def values(self):
-        x = jnp.linspace(-1.0, 1.0, self.logits.shape[-1])
-        return 5.0 * x * jnp.abs(x)
-
-    def sample_and_log_prob(self, seed):
-        """Actions (..., action_size) float32 and their log probabilities (...)."""
-        choice, log_prob = self.choice.sample_and_log_prob(seed=seed)
-        return self.values[choice], log_prob
-
-    def sample(self, seed):
-        """Actions (..., action_size) float32."""
-        return self.sample_and_log_prob(seed)[0]
-
-    def mode(self):
-        """The most probable actions (..., action_size) float32."""
-        return self.values[self.choice.mode()]
-
-    def log_prob(self, action):
-        """Log probability (...) of actions (..., action_size), each taken as the nearest of the values."""
-        return self.choice.log_prob(jnp.abs(action[..., None] - self.values).argmin(-1))
-
-    def entropy(self):
-        """(...) nats."""
-        return self.choice.entropy()
-
-
-def continuous_policy(kind, outputs, action_size):
-    """The distribution of actions (..., action_size) that a policy head's outputs stand for.
-
-    "categorical" is BinnedActions. "gaussian" is a diagonal normal distribution with a deviation between 0.3 and 1.35:
-    free to, it collapses in a few states, whose gradients then drown all others; and wider is only noise, because
-    actions are clipped. outputs: (..., action_size * n) float32, n the number of bins or 2.
-    """
-    outputs = outputs.reshape(*outputs.shape[:-1], action_size, -1)
-    if kind == "categorical":
-        return BinnedActions(outputs)
-    mean, spread = outputs[..., 0], outputs[..., 1]
-    return distrax.Independent(distrax.Normal(mean, jnp.exp(1.5 * jax.nn.sigmoid(spread) - 1.2)), 1)
-
-
-def in_blocks(f, x):
-    """vmap of f over the leading axis of x, arrays (n, ...); on a CPU in equal blocks of at most BLOCK, if n has such.
-
-    The numbers in between then stay in the CPU's cache, and a solver's turns end with the slowest lane of a block.
-    """
+def vmap_in_blocks(f: Any, x: Any) -> Any:
+    """jax.vmap(f)(x), on a CPU in equal blocks of at most CPU_BLOCK where the size allows."""
     n = len(jax.tree.leaves(x)[0])
-    blocks = next(k for k in range(-(-n // BLOCK), n + 1) if n % k == 0)
+    blocks = next(k for k in range(-(-n // CPU_BLOCK), n + 1) if n % k == 0)
     size = n // blocks
-    if blocks == 1 or size < BLOCK // 4 or jax.default_backend() != "cpu":  # small if n has no better divisor
+    if blocks == 1 or size < CPU_BLOCK // 4 or jax.default_backend() != "cpu":
         return jax.vmap(f)(x)
     return jax.lax.map(f, x, batch_size=size)
 
 
-class Lanes:
-    """Many environments side by side, as an in-context agent meets them.
+# ---- Trials --------------------------------------------------------------------------------------
+class Trials:
+    """Many environments side by side, in trials under random projections.
 
-    Lanes are split statically and equally among `tasks`, in contiguous blocks, and each task steps its own lanes
-    only. A *trial* is `episodes_per_trial` episodes under one pair of projections, o' = Mo o and
-    a = clip(Ma a', -1, 1), with Mo (obs_size, obs_dim) and Ma (act_dim, action_size) drawn independently, see
-    sample_matrix. Bounded action spaces other than [-1, 1] are scaled to. Discrete actions are relabelled instead: by a
-    permutation, uniform over all, drawn in each trial under every projection but "identity" and "none".
-
-    The agent sees [o', previous a' as it gave it (one-hot if discrete), previous reward, episode-start flag,
-    trial-start flag]; `observe_action` and `observe_change` change that. Action and reward carry over into the next
-    episode of a trial and are 0 at a trial's start.
-
-    Resets of DMControl tasks (collision-free starts, new matrices) are not paid in every step: a lane that ends takes
-    the one spare start it holds, and all spares are drawn anew at steps t with t % refresh_every == 0, at most half an
-    episode apart. So a lane meets a spare twice only if it diverges twice in between. As soon as one task is not from
-    DMControl, with episodes of unknown length, all are drawn in every step, as gymnax does.
-
-    A lane diverges if its action, observation, reward, qpos or qvel is not finite, or |qvel| > 1e4: it is then
-    truncated, its reward 0 and its final_input the last input, so that no NaN reaches the learner.
+    The environments are split equally among `tasks`, in contiguous blocks, and each task steps its own
+    only. Bounded action spaces other than [-1, 1] are scaled. Discrete actions are permuted instead of
+    projected. Spare starts of DMControl tasks are drawn every `refresh_every` steps for all
+    environments, not in every step; an environment uses one twice only if it diverges twice in between.
 
     Args:
-      tasks: names, see make.
-      num_lanes: how many environments, N; a multiple of the number of tasks.
-      projection: one of PROJECTIONS. "none" passes observation and action (clipped to its space) as they are.
-      obs_size: size of o', at least that of the largest observation. Only a gaussian or rademacher projection of
-        what is not from DMControl may be smaller: the task is then only partly seen.
-      action_size: size of a', likewise.
+      tasks: names or environments, see `make`.
+      num_envs: number of environments N on this device, a multiple of the number of tasks.
+      projection: one of PROJECTIONS. "none" passes observation and action as they are.
+      obs_size: size of a projected observation.
+      action_size: dimensions of the agent's continuous action before projection.
       episodes_per_trial: episodes under one pair of projections.
-      action_repeat: steps of the environment with one action, fewer where the episode ends in between; their rewards
-        are added. All counts of steps here are of such steps.
-      stagger: a lane's first trial begins with a uniformly random part of its time already spent. Only the counters
-        know: the physical state is a fresh reset, `trial_step` counts from 0 and `episode_complete` is False.
-      observe_action: show the previous a'. Where it tells nothing it is noise, which adds up in a memory and drowns
-        what was seen long ago. sysid.py takes it in either way.
-      observe_change: also show o' minus the previous o' (0 at episode starts).
-      identify: also show what sysid.py finds out about the trial so far (0 at episode starts). Left out where
-        nothing is hidden (projection "none" and "identity").
-      privileged: append what a critic may see in training and the agent never: which task it is, and its raw
-        observation. Left out where nothing is hidden.
-      obs_transform: "symlog", whatever the projection, shows sign(o') log(1 + |o'|), because velocities reach +-100;
-        "none" shows o'.
-      backend: see make.
-      env_kwargs: dict of further arguments of make.
-      shards: devices that share the lanes, each an equal part of every task's. If several, `reset` and `step` are
-        called in jax.shard_map over an axis "data" of so many devices, and see those of their device.
+      action_repeat: environment steps with one action; rewards are summed. All counts are in such steps.
+      observe_action: observe the previous action.
+      observe_change: observe the change of the projected observation.
+      sysid: observe the features of sysid.py.
+      privileged: give Observation.state its contents.
+      env_kwargs: further arguments of `make`.
+      axis: name of a mapped axis whose devices share the environments, each N of them.
 
     Attributes:
-      tasks, obs_size, shards: as given.
-      num_lanes: N, those of one device.
-      lane_task: (num_lanes,) numpy int, index of each lane's task.
-      input_size: size of what the agent sees.
-      privileged_size: how many further numbers there are behind it, for a critic.
-      output_of_input: input_size numbers: which number of o' an input is, or is the change of; -1 for all others.
-      discrete: whether actions are.
-      action_size: number of actions if discrete.
-      max_episode_steps, trial_length: the shortest among tasks, None if there is no limit.
-      refresh_every: see above.
+      envs, params: the environments and their parameters, per task.
+      task_of_env: (N,) numpy int, index of each environment's task.
+      action_dims, num_bins: an action is (N, action_dims) int32 with values below num_bins.
+      max_episode_steps, trial_length: of the shortest task; None where episodes have no limit.
+      refresh_every: steps between two draws of spare starts.
 
     Raises:
-      ValueError: lanes cannot be split equally, tasks do not go together, or a size is too small.
+      ValueError: the environments cannot be split, or the tasks do not go together, or a size is too
+        small for a projection that must lose nothing.
     """
 
-    def __init__(self, tasks, num_lanes, projection="gaussian", obs_size=12, action_size=2,
-                 episodes_per_trial=1, action_repeat=1, stagger=True, observe_action=True, observe_change=False,
-                 identify=False, privileged=False, obs_transform="symlog", backend="fused", env_kwargs=None, shards=1):
-        self.tasks, self.projection, self.shards = tuple(tasks), projection, shards
-        self.episodes_per_trial, self.action_repeat = episodes_per_trial, action_repeat
-        self.observe_action, self.observe_change, self.obs_transform = observe_action, observe_change, obs_transform
-        if not self.tasks or num_lanes < 1 or num_lanes % (len(self.tasks) * shards):
-            raise ValueError(f"cannot split num_lanes={num_lanes} equally among {len(self.tasks)} tasks"
-                             + (f" on each of {shards} devices" if shards > 1 else ""))
-        self.num_lanes = num_lanes = num_lanes // shards
+    def __init__(self, tasks, num_envs, *, projection="gaussian", obs_size=12, action_size=2,
+                 episodes_per_trial=1, action_repeat=1, observe_action=True, observe_change=True,
+                 sysid=True, privileged=True, env_kwargs=None, axis=None):
+        if not tasks or num_envs < 1 or num_envs % len(tasks):
+            raise ValueError(f"cannot split {num_envs} environments equally among {len(tasks)} tasks")
         if projection not in PROJECTIONS:
             raise ValueError(f"projection must be one of {', '.join(PROJECTIONS)}, got {projection!r}")
-        if obs_transform not in ("none", "symlog"):
-            raise ValueError(f"obs_transform must be none or symlog, got {obs_transform!r}")
-        for name, value in (("episodes_per_trial", episodes_per_trial), ("action_repeat", action_repeat)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        self.envs, self.params = zip(*(make(task, backend, **(env_kwargs or {})) for task in self.tasks))
-        self.lane_task = np.repeat(np.arange(len(self.tasks)), num_lanes // len(self.tasks))
+        if min(episodes_per_trial, action_repeat) < 1:
+            raise ValueError("episodes_per_trial and action_repeat must be at least 1, "
+                             f"got {episodes_per_trial} and {action_repeat}")
+        self.tasks, self.num_envs, self.projection, self.axis = tuple(tasks), num_envs, projection, axis
+        self.episodes_per_trial, self.action_repeat = episodes_per_trial, action_repeat
+        self.observe_action, self.observe_change = observe_action, observe_change
+        self.privileged = privileged
+        self.sysid = importlib.import_module("sysid") if sysid else None
+        self.envs, self.params = zip(*(make(task, **(env_kwargs or {})) for task in self.tasks))
+        self.task_of_env = np.repeat(np.arange(len(self.tasks)), num_envs // len(self.tasks))
+        self._read_spaces(obs_size, action_size)
+        self._read_limits()
 
-        obs_spaces = [env.observation_space(params) for env, params in zip(self.envs, self.params)]
-        act_spaces = [env.action_space(params) for env, params in zip(self.envs, self.params)]
-        self.one_hot_obs = [space.n if isinstance(space, spaces.Discrete) else 0 for space in obs_spaces]
-        self.obs_dims = [n or math.prod(space.shape) for n, space in zip(self.one_hot_obs, obs_spaces)]
-        self.act_shapes = [space.shape for space in act_spaces]
+    def _read_spaces(self, obs_size, action_size):
+        observed = [env.observation_space(params) for env, params in zip(self.envs, self.params)]
+        actions = [env.action_space(params) for env, params in zip(self.envs, self.params)]
+        for task, space, action in zip(self.tasks, observed, actions):
+            _check_spaces(task, space, action)
+        self.obs_parts = [parts_of(space) for space in observed]
+        self.obs_dims = [sum(getattr(part, "n", 0) or math.prod(part.shape) for part in parts)
+                         for parts in self.obs_parts]
+        self.act_shapes = [getattr(space, "shape", None) or () for space in actions]
         self.act_dims = [math.prod(shape) for shape in self.act_shapes]
-        discrete = [isinstance(space, spaces.Discrete) for space in act_spaces]
-        self.discrete = all(discrete)
-        if self.discrete != any(discrete) or self.discrete and len({space.n for space in act_spaces}) > 1:
-            raise ValueError(f"tasks {', '.join(self.tasks)} do not share one kind of action")
-        if projection == "none" and len(set(zip(self.obs_dims, self.act_dims))) > 1:
-            raise ValueError(f"projection='none' needs tasks of equal sizes, got (observation, action) sizes "
-                             f"{list(zip(self.obs_dims, self.act_dims))}; use a projection")
+        choices = {choices_of(space) for space in actions}
+        if len(choices) > 1:
+            raise ValueError(f"tasks {self.tasks} do not share one kind of action")
+        self.choices = choices.pop()
+        self.discrete = bool(self.choices)
+        whole = self.projection == "none"
+        if whole and len(set(zip(self.obs_dims, self.act_dims))) > 1:
+            raise ValueError(
+                "projection='none' needs tasks of equal sizes, got (observation, action) sizes "
+                f"{list(zip(self.obs_dims, self.act_dims))}; use a projection")
+        self.obs_size = self.obs_dims[0] if whole else obs_size
+        self.num_bins = max(self.choices, default=ACTION_BINS)
+        self.action_dims = len(self.choices) or (self.act_dims[0] if whole else action_size)
+        self.action_width = self.action_dims * (self.num_bins if self.discrete else 1)  # as it is observed
         if not self.discrete:
-            self.low, self.high = np.zeros((2, num_lanes, max(self.act_dims)), np.float32)
-            for i, (space, dim) in enumerate(zip(act_spaces, self.act_dims)):
-                for ours, theirs in ((self.low, space.low), (self.high, space.high)):
-                    ours[self.lane_task == i, :dim] = np.broadcast_to(theirs, space.shape).ravel()
-        self.obs_size = self.obs_dims[0] if projection == "none" else obs_size
-        self.action_size = (act_spaces[0].n if self.discrete else
-                            self.act_dims[0] if projection == "none" else action_size)
-        for task, env, obs_dim, act_dim in zip(self.tasks, self.envs, self.obs_dims, self.act_dims):
-            whole = projection in ("identity", "orthogonal") or projection != "none" and isinstance(env, dmc.DMC)
-            if whole and (obs_size < obs_dim or not self.discrete and action_size < act_dim):
-                raise ValueError(f"the {projection} projection needs obs_size >= {obs_dim} and action_size >= "
-                                 f"{act_dim} for {task}, got obs_size={obs_size} and action_size={action_size}")
-        hidden = projection not in ("identity", "none")
-        self.identify = identify and hidden
-        self.privileged_size = len(self.tasks) * (1 + max(self.obs_dims)) if privileged and hidden else 0
-        outputs = tuple(range(self.obs_size))
-        own = 3 + (self.action_size if observe_action else 0)
-        self.output_of_input = outputs + (-1,) * own + (outputs if observe_change else ())
-        if self.identify:  # from all numbers of o', so that to hide one hides these
-            self.output_of_input += (self.obs_size - 1,) * sysid.num_features(self.action_size)
-        self.input_size = len(self.output_of_input)
+            self._check_sizes()
+            self.low, self.high = np.zeros((2, self.num_envs, max(self.act_dims)), np.float32)
+            for i, (space, dim) in enumerate(zip(actions, self.act_dims)):
+                block = np.ix_(self.task_of_env == i, range(dim))
+                self.low[block] = np.broadcast_to(space.low, space.shape).ravel()
+                self.high[block] = np.broadcast_to(space.high, space.shape).ravel()
 
-        limits = [getattr(params, "max_steps_in_episode", None) for params in self.params]
-        limits = [None if n is None else math.ceil(n / action_repeat) for n in limits]
-        self.max_episode_steps = min((n for n in limits if n is not None), default=None)
-        self.trial_length = None if self.max_episode_steps is None else self.max_episode_steps * episodes_per_trial
-        self.stagger = stagger and None not in limits
-        self.limits = np.array([2**30 if n is None else n for n in limits], np.int32)[self.lane_task]
-        only_dmc = all(isinstance(env, dmc.DMC) for env in self.envs)
-        self.refresh_every = max(1, min(500, self.max_episode_steps // 2)) if only_dmc else 1
+    def _check_sizes(self):
+        """Only a random projection of what is not from DMControl may be smaller than the task."""
+        for task, obs_dim, act_dim in zip(self.tasks, self.obs_dims, self.act_dims):
+            lossless = self.projection in ("identity", "orthogonal") or is_dmc(task)
+            small = self.obs_size < obs_dim or self.action_dims < act_dim
+            if self.projection != "none" and lossless and small:
+                raise ValueError(
+                    f"the {self.projection} projection needs obs_size >= {obs_dim} and action_size >= "
+                    f"{act_dim} for {task}, got {self.obs_size} and {self.action_dims}")
 
-    # -- devices that share the lanes
-    def keys(self, key):
-        """A key for every lane: (num_lanes, ...). It depends on the lane's number among those of all devices only."""
-        number = jnp.arange(self.shards * self.num_lanes).reshape(len(self.tasks), self.shards, -1)
-        number = number[:, jax.lax.axis_index("data") if self.shards > 1 else 0].ravel()
-        return jax.vmap(jax.random.fold_in, (None, 0))(key, number)
+    def _read_limits(self):
+        steps = [getattr(params, "max_steps_in_episode", None) for params in self.params]
+        steps = [None if n is None else math.ceil(n / self.action_repeat) for n in steps]
+        known = [n for n in steps if n is not None]
+        self.max_episode_steps = min(known, default=None)
+        self.trial_length = self.max_episode_steps and self.max_episode_steps * self.episodes_per_trial
+        self.staggered = len(known) == len(steps)
+        self.limits = np.array([n or 2**30 for n in steps], np.int32)[self.task_of_env]
+        slow = all(map(is_dmc, self.tasks))  # episodes of known length whose starts are costly
+        self.refresh_every = max(1, min(500, self.max_episode_steps // 2)) if slow else 1
 
-    def pmean(self, x):
-        """x averaged over the devices that share the lanes."""
-        return jax.lax.pmean(x, "data") if self.shards > 1 else x
+    # -- interface
+    def reset(self, key, stagger=True):
+        """All environments at the start of a trial.
 
-    def moments(self, x, axes):
-        """Mean and variance of x over `axes` and these devices."""
-        mean = self.pmean(x.mean(axes))
-        return mean, self.pmean(x.var(axes) + (x.mean(axes) - mean) ** 2)
+        Args:
+          key: random key.
+          stagger: begin each first trial with a uniformly random part of its time already spent, so
+            that trials do not all end at once. Only the counters know: states are fresh.
 
-    # -- observations and starts
-    def _blocks(self, x):
-        """x (N, ...) cut into the tasks' blocks."""
-        return jnp.split(x, len(self.tasks))
+        Returns:
+          (TrialsState, Observation).
+        """
+        key, draw_key, stagger_key = jax.random.split(key, 3)
+        both = jax.vmap(self._draw)(jax.random.split(draw_key))
+        first, spare = (jax.tree.map(lambda x: x[i], both) for i in range(2))
+        N, spent = self.num_envs, jnp.zeros(self.num_envs, jnp.int32)
+        if stagger and self.staggered:
+            spent = jax.vmap(lambda k, limit: jax.random.randint(k, (), 0, limit))(
+                self.split(stagger_key), self.limits * self.episodes_per_trial)
+        step, no, yes = spent % self.limits, jnp.zeros(N, bool), jnp.ones(N, bool)
+        linear = self._project(first.obs_matrix, first.obs)
+        state = TrialsState(
+            env=first.env, obs_matrix=first.obs_matrix, act_matrix=first.act_matrix, spare=first,
+            projected=symlog(linear), sysid=self._start_sysid(linear), key=key,
+            counters=Counters(step, spent // self.limits, jnp.zeros(N), step == 0))
+        over = Transition(jnp.zeros(N), no, yes, yes, no, jnp.zeros(N), no)
+        action, features = jnp.zeros((N, self.action_width)), jnp.zeros((N, self._num_sysid))
+        state, observation = self._restart(state, first.obs, action, features, over)
+        return state.replace(spare=spare), observation
 
-    def _flat_obs(self, i, obs):
-        """Observations of task i's lanes, flattened to float32 (n, obs_dim) and padded to the largest."""
-        obs = jax.nn.one_hot(obs, self.one_hot_obs[i]) if self.one_hot_obs[i] else obs
-        return pad_to(obs.reshape(obs.shape[0], -1).astype(jnp.float32), (max(self.obs_dims),))
+    def step(self, state, action, t=0):
+        """One step of every environment: advance, find which episodes ended, observe, restart.
 
-    def _matrices(self, key, rows, cols):
-        """A matrix for every lane, of its task's sizes and zero-padded: (N, largest rows, largest cols)."""
-        largest = max(rows), max(cols)
-        normal = jax.vmap(lambda k: jax.random.normal(k, largest, jnp.float32))(self.keys(key))
-        return jnp.concatenate([pad_to(shape_matrix(block[:, :r, :c], self.projection), largest)
-                                for block, r, c in zip(self._blocks(normal), rows, cols)])
+        Args:
+          state: TrialsState.
+          action: (N, action_dims) int32, bin indices.
+          t: int, index of the step in its rollout. It decides when spare starts are drawn and sysid.py
+            solves (0: in this step). Under vmap over seeds it should be unbatched.
 
-    def _draw(self, key):
-        """A fresh Start for every lane."""
-        reset_key, obs_key, act_key = jax.random.split(key, 3)
-        blocks = []
-        for i, keys in enumerate(self._blocks(self.keys(reset_key))):
-            obs, state = jax.vmap(self.envs[i].reset_env, (0, None))(keys, self.params[i])
-            state = jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), state)  # no weak types
-            blocks.append((state, self._flat_obs(i, obs)))
-        states, obs = zip(*blocks)
-        obs_matrix = act_matrix = None
-        if self.projection != "none":
-            obs_matrix = self._matrices(obs_key, [self.obs_size] * len(self.tasks), self.obs_dims)
+        Returns:
+          (TrialsState, Observation, Transition). The observation is after any restart.
+        """
+        key, step_key, draw_key = jax.random.split(state.key, 3)
+        draw = jnp.asarray(t % self.refresh_every == 0)
+        spare = jax.lax.cond(draw, self._draw, lambda _: state.spare, draw_key)
+        state = state.replace(spare=spare, key=key)
+        env, obs, *outcome = self._advance(step_key, state, action)
+        transition, counters = self._ended(state.counters, *outcome)
+        own_action = self._observed_action(action)
+        sysid, features = self._identify(state, own_action, obs, transition, t)
+        state = state.replace(env=env, counters=counters, sysid=sysid)
+        return *self._restart(state, obs, own_action, features, transition), transition
+
+    def split(self, key):
+        """A key for every environment, (N, ...), that does not depend on how many devices share them."""
+        each = self.num_envs // len(self.tasks)
+        shards = jax.lax.axis_size(self.axis) if self.axis else 1
+        shard = jax.lax.axis_index(self.axis) if self.axis else 0
+        number = jnp.arange(len(self.tasks))[:, None] * shards * each + shard * each + jnp.arange(each)
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, number.ravel())
+
+    def summary(self, transition):
+        """Metrics of a rollout, over all devices that share the environments.
+
+        Args:
+          transition: Transition of arrays (T, N).
+
+        Returns:
+          dict: "return" (tasks,), mean return of the whole episodes that ended, NaN if there were none;
+          "reward" (tasks,), mean per environment step; "diverged" (), number of steps.
+        """
+        total = partial(jax.lax.psum, axis_name=self.axis) if self.axis else lambda x: x
+
+        def by_task(x):  # (T, N) -> (tasks,)
+            return total(x.reshape(len(x), len(self.tasks), -1).sum((0, 2)))
+
+        whole = transition.episode_end & transition.whole_episode
+        steps = self.action_repeat * by_task(jnp.ones_like(transition.reward))
+        return {"return": by_task(whole * transition.episode_return) / by_task(whole),
+                "reward": by_task(transition.reward) / steps,
+                "diverged": total(transition.diverged.sum())}
+
+    # -- the parts of a step
+    def _advance(self, key, state, action):
+        """(environment states, raw observations, reward, terminated, truncated, sound) after a step."""
+        control, results = self._control(state.act_matrix, action), []
+        for i, (keys, block) in enumerate(zip(self._blocks(self.split(key)), self._blocks(control))):
             if not self.discrete:
-                act_matrix = self._matrices(act_key, self.act_dims, [self.action_size] * len(self.tasks))
-            elif self.projection != "identity":
-                act_matrix = jax.vmap(lambda k: jax.random.permutation(k, self.action_size))(self.keys(act_key))
-        return Start(states, jnp.concatenate(obs), obs_matrix, act_matrix)
+                block = block[:, :self.act_dims[i]].reshape(-1, *self.act_shapes[i])
+            env, obs, reward, terminated, truncated = self._repeat(i, keys, state.env[i], block)
+            sound = jnp.isfinite(obs).all(-1) & jnp.isfinite(reward)
+            if is_dmc(self.tasks[i]):  # a NaN fails the comparison
+                sound &= jnp.isfinite(env.qpos).all(-1) & (jnp.abs(env.qvel) <= 1e4).all(-1)
+            results.append((env, obs, reward, terminated, truncated, sound))
+        env, *rest = zip(*results)
+        return env, *map(jnp.concatenate, rest)
 
-    def project_observation(self, obs_matrix, obs):
-        """Raw observations (N, largest obs_dim) as the agent sees them (N, obs_size)."""
-        return self._transform(self._project(obs_matrix, obs))
+    def _repeat(self, i, keys, env, action):
+        """`action_repeat` steps of task i's environments; those whose episode ends stop there."""
+
+        def once(k, old):
+            repeat_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, k)
+            obs, env, reward, terminated, _ = vmap_in_blocks(
+                lambda x: self.envs[i].step_env(*x, self.params[i]), (repeat_keys, old[0], action))
+            reward = old[2] + reward.reshape(-1).astype(jnp.float32)
+            is_truncated = getattr(self.envs[i], "is_truncated", lambda *_: jnp.zeros((), bool))
+            truncated = jax.vmap(is_truncated, (0, None))(env, self.params[i])
+            new = env, self._flat_obs(i, obs), reward, terminated, truncated
+            return select(~(old[3] | old[4]), new, old)
+
+        n, no = len(keys), jnp.zeros(len(keys), bool)
+        none = env, jnp.zeros((n, max(self.obs_dims))), jnp.zeros(n), no, no
+        return jax.lax.fori_loop(0, self.action_repeat, once, none)
+
+    def _ended(self, counters, reward, terminated, truncated, sound):
+        """(Transition, Counters after it): which episodes and trials end with this step."""
+        diverged = ~sound
+        reward = jnp.where(diverged, 0.0, reward)
+        terminated &= sound
+        out_of_time = truncated | (counters.episode_step + 1 >= self.limits)
+        truncated = (out_of_time | diverged) & ~terminated
+        end = terminated | truncated
+        episode = counters.episode + end
+        trial_end = end & (episode >= self.episodes_per_trial)
+        episode_return = counters.episode_return + reward
+        transition = Transition(reward, terminated, truncated, trial_end, diverged, episode_return,
+                                counters.whole_episode)
+        return transition, Counters(
+            episode_step=jnp.where(end, 0, counters.episode_step + 1),
+            episode=jnp.where(trial_end, 0, episode),
+            episode_return=jnp.where(end, 0.0, episode_return),
+            whole_episode=counters.whole_episode | end)
+
+    def _identify(self, state, action, obs, transition, t):
+        """(sysid.State, its features (N, F)) after the step; a diverged step is left out."""
+        if not self.sysid:
+            return None, jnp.zeros((self.num_envs, 0))
+        linear = self._project(state.obs_matrix, obs)
+        new = self.sysid.update(state.sysid, action, transition.reward, linear)
+        new = select(transition.diverged, state.sysid, new)
+        new = jax.lax.cond(t % self.sysid.FIT_EVERY == 0, self.sysid.fit, lambda state: state, new)
+        return new, self.sysid.features(new)
+
+    def _restart(self, state, obs, action, features, transition):
+        """(TrialsState, Observation) with the ended episodes and trials begun anew."""
+        end, trial_end, spare = transition.episode_end, transition.trial_end, state.spare
+        obs = select(end, spare.obs, obs)
+        obs_matrix, act_matrix = select(trial_end, (spare.obs_matrix, spare.act_matrix),
+                                        (state.obs_matrix, state.act_matrix))
+        linear = self._project(obs_matrix, obs)
+        projected = symlog(linear)
+        observation = self._observation(
+            projected, jnp.where(end[:, None], 0.0, projected - state.projected),
+            jnp.where((trial_end | transition.diverged)[:, None], 0.0, action),
+            jnp.where(trial_end, 0.0, transition.reward), end, trial_end,
+            jnp.where(end[:, None], 0.0, features), obs)
+        sysid = state.sysid
+        if self.sysid:
+            fresh = self._start_sysid(linear)
+            # the first change of an episode does not follow from the last change of the episode before
+            continued = sysid._replace(o=fresh.o, change=fresh.change, action=fresh.action)
+            sysid = select(trial_end, fresh, select(end, continued, sysid))
+        env = tuple(map(select, self._blocks(end), spare.env, state.env))
+        return state.replace(env=env, obs_matrix=obs_matrix, act_matrix=act_matrix,
+                             projected=projected, sysid=sysid), observation
+
+    # -- observations, actions, starts
+    def _observation(self, projected, change, action, reward, episode_start, trial_start, sysid, obs):
+        context = jnp.stack([reward, episode_start, trial_start], -1).astype(jnp.float32)
+        if self.observe_action:
+            context = jnp.concatenate([action, context], -1)
+        return Observation(projected, change if self.observe_change else change[:, :0], context, sysid,
+                           self._privileged_state(obs))
+
+    def _privileged_state(self, obs):
+        """[1, symlog(raw observation)] in the place of the environment's task, else zeros."""
+        if not self.privileged:
+            return obs[:, :0]
+        entry = jnp.concatenate([jnp.ones_like(obs[:, :1]), symlog(obs)], -1)
+        task = np.eye(len(self.tasks), dtype=np.float32)[self.task_of_env]
+        return (task[:, :, None] * entry[:, None]).reshape(len(obs), -1)
 
     def _project(self, obs_matrix, obs):
         return obs if obs_matrix is None else matvec(obs_matrix, obs)
 
-    def _transform(self, projected):
-        return symlog(projected) if self.obs_transform == "symlog" else projected
-
-    def _input(self, shown, change, action, reward, episode_start, trial_start, found, obs):
-        flags = jnp.stack([reward, episode_start, trial_start], -1).astype(jnp.float32)
-        actions, changes = [action] if self.observe_action else [], [change] if self.observe_change else []
-        return jnp.concatenate([shown, *actions, flags, *changes, *found, *self._privileged(obs)], -1)
-
-    def _privileged(self, obs):
-        """[1, raw observation], compressed, in the place of the lane's task; zeros in those of the others."""
-        if not self.privileged_size:
-            return []
-        told = jnp.concatenate([jnp.ones_like(obs[:, :1]), symlog(obs)], -1)
-        task = np.eye(len(self.tasks), dtype=np.float32)[self.lane_task]
-        return [(task[:, :, None] * told[:, None]).reshape(len(obs), -1)]
-
-    def _found(self, identified):
-        return [sysid.features(identified)] if self.identify else []
-
-    def start_identification(self, obs_matrix, obs):
-        """sysid.State of trials that begin with raw observations (N, largest obs_dim); None if not asked for."""
-        return sysid.start(self._project(obs_matrix, obs), self.action_size) if self.identify else None
+    def _observed_action(self, action):
+        """Actions (N, action_dims) int32 as the agent observes them, (N, action_width) float32."""
+        if self.discrete:
+            return jax.nn.one_hot(action, self.num_bins).reshape(len(action), -1)
+        return action_values(self.num_bins)[action]
 
     def _control(self, act_matrix, action):
-        """The agent's actions as the environments take them, padded: (N, largest act_dim) or (N,) int."""
-        if act_matrix is None:
-            return action if self.discrete else jnp.clip(action, self.low, self.high)
+        """Actions (N, action_dims) int32 as the environments take them, (N, act_dim) or (N, ...) int32."""
         if self.discrete:
-            return jnp.take_along_axis(act_matrix, action[:, None], -1)[:, 0]
-        action = jnp.clip(matvec(act_matrix, action), -1.0, 1.0)
+            if act_matrix is not None:
+                action = jnp.take_along_axis(act_matrix, action, -1)
+            action = action % np.array(self.choices)  # where dimensions have different numbers of choices
+            return action.reshape(len(action), *self.act_shapes[0])
+        action = action_values(self.num_bins)[action]
+        if act_matrix is not None:
+            action = matvec(act_matrix, action)
+        action = jnp.clip(action, -1.0, 1.0)
         return 0.5 * (self.low + self.high) + 0.5 * (self.high - self.low) * action
 
-    def _advance(self, i, keys, state, action):
-        """action_repeat steps of task i's n lanes: (flat observation, state, reward, terminated, truncated)."""
-        env, params = self.envs[i], self.params[i]
+    @property
+    def _num_sysid(self):
+        return self.sysid.num_features(self.action_width) if self.sysid else 0
 
-        def once(k, old):
-            repeat_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, k)
-            obs, state, reward, terminated, _ = in_blocks(
-                lambda x: env.step_env(*x, params), (repeat_keys, old[1], action))
-            reward = old[2] + reward.reshape(-1).astype(jnp.float32)
-            truncated = jax.vmap(env.is_truncated, (0, None))(state, params)
-            new = self._flat_obs(i, obs), state, reward, terminated, truncated
-            return select(~(old[3] | old[4]), new, old)
+    def _start_sysid(self, linear):
+        return self.sysid.start(linear, self.action_width) if self.sysid else None
 
-        n, no = action.shape[0], jnp.zeros(action.shape[0], bool)
-        none = jnp.zeros((n, max(self.obs_dims))), state, jnp.zeros(n), no, no
-        return jax.lax.fori_loop(0, self.action_repeat, once, none)
+    def _blocks(self, x):
+        """x (N, ...) as one array (N / tasks, ...) per task."""
+        return jnp.split(x, len(self.tasks))
 
-    # -- interface
-    def reset(self, key):
-        """All lanes at the start of a trial.
+    def _flat_obs(self, i, obs):
+        """Observations of task i as float32 (n, largest obs_dim), zero-padded."""
+        parts = [jax.nn.one_hot(x, part.n) if getattr(part, "n", 0) else x
+                 for x, part in zip(jax.tree.leaves(obs), self.obs_parts[i], strict=True)]
+        flat = [x.reshape(len(x), -1).astype(jnp.float32) for x in parts]
+        return pad_to(jnp.concatenate(flat, -1), (max(self.obs_dims),))
 
-        Returns:
-          (LanesState, inputs (num_lanes, input_size + privileged_size) float32).
-        """
-        N = self.num_lanes
-        key, draw_key, stagger_key = jax.random.split(key, 3)
-        both = jax.vmap(self._draw)(jax.random.split(draw_key))
-        first, spare = (jax.tree.map(lambda x: x[k], both) for k in range(2))
-        spent = jnp.zeros(N, jnp.int32)
-        if self.stagger:
-            spent = jax.vmap(lambda k, limit: jax.random.randint(k, (), 0, limit))(
-                self.keys(stagger_key), self.limits * self.episodes_per_trial)
-        zeros, ones = jnp.zeros(N, jnp.float32), jnp.ones(N, jnp.float32)
-        shown = self.project_observation(first.obs_matrix, first.obs)
-        identified = self.start_identification(first.obs_matrix, first.obs)
-        inputs = self._input(shown, 0.0 * shown, jnp.zeros((N, self.action_size), jnp.float32),
-                             zeros, ones, ones, self._found(identified), first.obs)
-        episode_step = spent % self.limits
-        state = LanesState(
-            env=first.env, obs_matrix=first.obs_matrix, act_matrix=first.act_matrix, spare=spare,
-            input=inputs, identified=identified, episode_step=episode_step, episode=spent // self.limits,
-            trial_step=jnp.zeros(N, jnp.int32), episode_complete=episode_step == 0, episode_return=zeros, key=key)
-        return state, inputs
+    def _matrices(self, key, rows, cols):
+        """A projection matrix for every environment, (N, largest of rows, largest of cols)."""
+        shape = max(rows), max(cols)
+        normal = jax.vmap(lambda k: jax.random.normal(k, shape, jnp.float32))(self.split(key))
+        return jnp.concatenate([
+            pad_to(projection_matrix(block[:, :r, :c], self.projection), shape)
+            for block, r, c in zip(self._blocks(normal), rows, cols)])
 
-    def step(self, state, action, t=0):
-        """One step of every lane.
-
-        Args:
-          state: LanesState.
-          action: (num_lanes, action_size) float, or (num_lanes,) int if discrete.
-          t: int, step index within the rollout; decides when spares are drawn and sysid.py fits (0: now). Under vmap
-            over seeds it should stay unbatched (scanned over, not part of the state): then both remain true branches.
-
-        Returns:
-          (LanesState, inputs (num_lanes, input_size + privileged_size) float32, LaneStep).
-        """
-        key, step_key, draw_key = jax.random.split(state.key, 3)
-        if self.refresh_every == 1:
-            spare = self._draw(draw_key)
-        else:
-            spare = jax.lax.cond(t % self.refresh_every == 0, self._draw, lambda _: state.spare, draw_key)
-
-        control = self._control(state.act_matrix, action)
-        stepped, outs = [], []
-        step_keys = self._blocks(self.keys(step_key))
-        for i, (env, block) in enumerate(zip(self.envs, self._blocks(control))):
+    def _draw(self, key):
+        """A fresh Start for every environment."""
+        reset_key, obs_key, act_key = jax.random.split(key, 3)
+        states, obs = [], []
+        for i, keys in enumerate(self._blocks(self.split(reset_key))):
+            first, state = jax.vmap(self.envs[i].reset_env, (0, None))(keys, self.params[i])
+            # strong types, as a step returns them
+            states.append(jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), state))
+            obs.append(self._flat_obs(i, first))
+        obs_matrix = act_matrix = None
+        if self.projection != "none":
+            obs_matrix = self._matrices(obs_key, [self.obs_size] * len(self.tasks), self.obs_dims)
             if not self.discrete:
-                block = block[:, :self.act_dims[i]].reshape(-1, *self.act_shapes[i])
-            obs, env_state, reward, terminated, truncated = self._advance(i, step_keys[i], state.env[i], block)
-            sound = jnp.isfinite(obs).all(-1) & jnp.isfinite(reward)
-            if isinstance(env, dmc.DMC):  # NaN fails the comparison
-                sound &= jnp.isfinite(env_state.qpos).all(-1) & (jnp.abs(env_state.qvel) <= 1e4).all(-1)
-            stepped.append(env_state)
-            outs.append((obs, reward, terminated, truncated, sound))
-        obs, reward, terminated, truncated, sound = jax.tree.map(lambda *xs: jnp.concatenate(xs), *outs)
-
-        last_action = jax.nn.one_hot(action, self.action_size) if self.discrete else action
-        diverged = ~(sound & jnp.isfinite(last_action).all(-1))
-        last_action = jnp.where(diverged[:, None], 0.0, last_action).astype(jnp.float32)
-        reward = jnp.where(diverged, 0.0, reward)
-        terminated &= ~diverged
-        truncated = (truncated | (state.episode_step + 1 >= self.limits) | diverged) & ~terminated
-        end = terminated | truncated
-        episode = state.episode + end
-        trial_end = end & (episode >= self.episodes_per_trial)
-
-        no = jnp.zeros_like(end)
-        old_shown = state.input[:, :self.obs_size]
-        projected = self._project(state.obs_matrix, obs)
-        shown, identified = self._transform(projected), state.identified
-        if self.identify:
-            identified = select(diverged, identified, sysid.update(identified, last_action, reward, projected))
-            identified = jax.lax.cond(t % sysid.FIT_EVERY == 0, sysid.fit, lambda state: state, identified)
-        found = self._found(identified)
-        final_input = self._input(shown, shown - old_shown, last_action, reward, no, no, found, obs)
-        final_input = jnp.where(diverged[:, None], state.input, final_input)
-
-        obs = select(end, spare.obs, obs)
-        obs_matrix, act_matrix = select(trial_end, (spare.obs_matrix, spare.act_matrix),
-                                        (state.obs_matrix, state.act_matrix))
-        shown = self.project_observation(obs_matrix, obs)
-        inputs = self._input(shown, jnp.where(end[:, None], 0.0, shown - old_shown),
-                             jnp.where(trial_end[:, None], 0.0, last_action),
-                             jnp.where(trial_end, 0.0, reward), end, trial_end,
-                             [jnp.where(end[:, None], 0.0, x) for x in found], obs)
-        if self.identify:
-            fresh = self.start_identification(obs_matrix, obs)
-            # the first change of an episode does not follow from the last one's
-            begun = identified._replace(o=fresh.o, change=fresh.change, action=fresh.action)
-            identified = select(trial_end, fresh, select(end, begun, identified))
-        env_states = tuple(
-            select(ended, fresh, jax.tree.map(lambda new, old: new.astype(old.dtype), new, old))
-            for ended, fresh, new, old in zip(self._blocks(end), spare.env, stepped, state.env))
-
-        episode_return = state.episode_return + reward
-        out = LaneStep(reward, terminated, truncated, end, trial_end, final_input, episode_return,
-                       state.episode_complete, diverged, state.trial_step)
-        state = LanesState(
-            env=env_states, obs_matrix=obs_matrix, act_matrix=act_matrix, spare=spare, input=inputs,
-            identified=identified, episode_step=jnp.where(end, 0, state.episode_step + 1),
-            episode=jnp.where(trial_end, 0, episode), trial_step=jnp.where(trial_end, 0, state.trial_step + 1),
-            episode_complete=state.episode_complete | end, episode_return=jnp.where(end, 0.0, episode_return), key=key)
-        return state, inputs, out
-
-    def summary(self, step, bins=10):
-        """What happened in a rollout.
-
-        Args:
-          step: LaneStep of arrays (T, num_lanes).
-          bins: equal parts of a trial.
-
-        Returns:
-          dict of "return" (tasks,), mean of the whole episodes that ended (NaN if none); "reward" (tasks,), mean per
-          step of the environment; "curve" (tasks, bins), the same by time within the trial; "diverged" (), how often.
-        """
-        T, tasks = len(step.reward), len(self.tasks)
-
-        def per_task(x):
-            return self.pmean(x.reshape(T, tasks, -1).sum((0, 2)))  # (T, N) -> (tasks,)
-
-        whole = step.episode_end & step.episode_complete
-        curve_bin = jnp.clip(step.trial_step * bins // (self.trial_length or T), 0, bins - 1)
-        index = jnp.asarray(self.lane_task) * bins + curve_bin  # (T, N)
-        reward = step.reward / self.action_repeat
-        totals, counts = (self.pmean(jax.ops.segment_sum(x.ravel(), index.ravel(), tasks * bins).reshape(tasks, bins))
-                          for x in (reward, jnp.ones_like(reward)))
-        return {"return": per_task(jnp.where(whole, step.episode_return, 0.0)) / per_task(whole),
-                "reward": per_task(reward) / (T * self.num_lanes // tasks), "curve": totals / counts,
-                "diverged": self.shards * self.pmean(step.diverged.sum())}
+                sizes = [self.action_dims] * len(self.tasks)
+                act_matrix = self._matrices(act_key, self.act_dims, sizes)
+            elif self.projection != "identity":
+                act_matrix = jax.vmap(lambda k: jax.random.permutation(k, self.num_bins))(
+                    self.split(act_key))
+        return Start(tuple(states), jnp.concatenate(obs), obs_matrix, act_matrix)

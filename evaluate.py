@@ -1,28 +1,25 @@
-"""Does it adapt in context, and to tasks it never saw? A checkpoint in; tables, pictures and replays out.
+"""Tests trained agents on fresh projections and on held-out tasks.
 
-    python evaluate.py runs/NAME                        # three minutes on a CPU core; writes runs/NAME/eval/
-    python evaluate.py runs/s5 runs/lstm runs/none      # also compares them (into runs/s5/eval/, or --out)
-    python evaluate.py runs/NAME --replay finger-spin   # also one HTML file that plays without a network
-    python evaluate.py --help
+    python evaluate.py runs/NAME                         # writes runs/NAME/eval/report.md
+    python evaluate.py runs/s5 runs/lstm                 # also compares the two runs
+    python evaluate.py runs/NAME --tasks finger-spin --replay finger-spin --gif finger-spin
 
-An evaluation is `trials` whole trials of every task for every seed, from fixed keys: two calls give the same
-numbers. Each seed of a run has its own trials, so that seeds are independent samples. All policies, and the
-seeds of the same place in other runs, meet the same ones (starts and projections), so that their differences
-are paired. The trials of a task do not depend on what else is evaluated. The policies:
+A test is a number of whole trials of every task for every seed of the run, from fixed keys: two
+calls print the same numbers. Each seed has its own trials, so that seeds are independent samples.
+All policies, and the seeds of the same place in other runs, start from the same states under the
+same projections, so that their differences are paired. The policies:
 
-    memory, sampled / mode    the agent, acting at random as in training, or by the mode of its policy
-    blind, sampled / mode     the same with all observations hidden; its memory, last action, reward and flags stay
-    reset, sampled / mode     the agent with its memory reset before every step
-    random, zero              uniform random actions in [-1, 1] (or among all discrete ones); zeros
-
-A return is a sum of rewards over an episode, the mean over the trial's episodes if it has several; with
---episodes a trial may last longer than in training. What becomes of the numbers is in report.py (statistics,
-tables, pictures) and replay.py. "Reading", in the report, is the return with memory minus the blind one in the same
-trials: what the agent gains by looking.
+    memory    the agent
+    blind     the agent without observations: each is replaced by its running mean. Hidden state,
+              previous action, previous reward and episode starts remain
+    reset     the agent whose hidden state is reset before every step
+    random    uniformly random actions
 """
 
-import difflib
-import importlib
+import csv
+import functools
+import itertools
+import math
 import os
 import sys
 import zlib
@@ -33,441 +30,581 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import tyro
+from scipy.stats import trim_mean
+from tqdm import tqdm
 
-import dmc
+import devices
 import envs
 import experiment
 import replay as replay_page
-import report
-from report import BINS
+from agent import Agent, load, plain
 
-EVAL_SEED = 230303982  # all randomness of an evaluation
-SAMPLE, MODE, RANDOM, ZERO = range(4)
-POLICIES = {  # name: (kind of action, whether the memory is reset before every step, whether observations are hidden)
-    "memory, sampled": (SAMPLE, False, False), "memory, mode": (MODE, False, False),
-    "blind, sampled": (SAMPLE, False, True), "blind, mode": (MODE, False, True),
-    "reset, sampled": (SAMPLE, True, False), "reset, mode": (MODE, True, False),
-    "random": (RANDOM, False, False), "zero": (ZERO, False, False)}
-FAMILIES = ("gaussian", "orthogonal", "rademacher", "identity")
+EVAL_SEED = 230303982  # all randomness of a test
+BINS = 20  # equal parts of a trial, in curves
+POLICIES = ("memory", "blind", "reset", "random")
+FAMILIES = ("gaussian", "orthogonal", "rademacher", "identity")  # the last: no projection
+HIDDEN_FIELDS = ("projected", "change", "sysid")  # what a blind agent does not observe
 
 
-# ---- A run folder -> agent ---------------------------------------------------------------------------------
-class Agent(NamedTuple):
-    folder: Path
-    trainer: Any  # module that defines the network
-    config: Any
-    params: Any  # leaves with a leading axis of seeds
-    seeds: list
-    steps: int  # environment steps that each seed had seen
-    family: str  # projection that it was trained with; "none" for what is not from DMControl
-    tasks: tuple  # that it was trained on
-    obs_size: int
-    action_size: int
-    identify: bool  # whether it sees what sysid.py finds out
-
-    @property
-    def dmc(self):
-        return all(envs.is_dmc(task) for task in self.tasks)
+# ---- Tasks ---------------------------------------------------------------------------------------
+@functools.cache
+def task_sizes(task: str) -> tuple[int, int]:
+    """(size of an observation, size of an action) of a DMControl task. ValueError if unknown."""
+    env, params = envs.make(task)
+    return env.observation_space(params).shape[0], env.action_space(params).shape[0]
 
 
-def load(folder):
-    """The agent in run folder `folder`; of a sweep, the setting with the best return at the end of training.
-
-    Raises ValueError, one sentence, if there is no run, no checkpoint, or not one that this code can read.
-    """
-    folder = Path(folder)
-    config, options = experiment.read_run(folder)
-    trainer = importlib.import_module(type(config).__module__)
-    try:
-        train = trainer.make_train(config)
-    except ValueError as error:
-        raise ValueError(f"{folder}/config.json does not fit {trainer.__name__}.py: {error}") from None
-    if not (folder / "checkpoints").is_dir():
-        raise ValueError(f"{folder} holds no checkpoint: it has no folder checkpoints/")
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here),
-                          jax.eval_shape(lambda: experiment.init_groups(jax.vmap(train.init), config, options)))
-    manager = ocp.CheckpointManager((folder / "checkpoints").absolute(), options=ocp.CheckpointManagerOptions(
-        create=False))
-    try:
-        update, groups = experiment.restore(manager, shapes)
-    finally:
-        manager.close()
-    params = jax.tree.map(lambda *x: jnp.concatenate(x), *(group.params for group in groups))
-    members, settings = experiment.members_of(config, options), experiment.settings_of(config, options)
-    if len(settings) > 1:
-        scores = experiment.final_scores(config, options, folder).mean(1)
-        best = settings[int(np.nanargmax(scores.reshape(len(settings), -1).mean(1)))]
-        print(f"{folder} is a sweep: its best setting at the end of training is evaluated, {best}")
-        index = np.array([i for i, (setting, _) in enumerate(members) if setting == best])
-        members, params = [members[i] for i in index], jax.tree.map(lambda x: x[index], params)
-    tasks = tuple(t.removeprefix("dmc:") if envs.is_dmc(t) else t for t in config.env)
-    return Agent(folder, trainer, config, params, [seed for _, seed in members],
-                 update * config.steps_per_update, config.resolved_projection, tasks,
-                 train.lanes.obs_size, train.lanes.action_size, train.lanes.identify)
-
-
-def choose_tasks(agent, tasks=(), held_out=()):
-    """Names of the tasks to evaluate, without "dmc:", each once.
+def choose_tasks(agent: Agent, tasks: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Names of the tasks to test on, each once.
 
     Args:
       agent: an Agent.
-      tasks: names; () stands for those that it was trained on and, for DMControl, the held-out ones.
-      held_out: names of further tasks; () stands for envs.HELD_OUT_TASKS, less those too large for the network.
+      tasks: names. By default the tasks trained on, and for DMControl those of envs.HELD_OUT_TASKS
+        that are not too large for the network.
 
     Raises:
-      ValueError: one sentence, if a task is unknown, or not one that this agent can play.
+      ValueError: a task is unknown, or this agent cannot play it.
     """
-    wanted = [t.removeprefix("dmc:") if envs.is_dmc(t) else t for t in (*tasks, *held_out)]
-    possible = dmc.TASKS if agent.dmc else agent.tasks
-    for task in wanted:
-        if task not in possible and not agent.dmc:
-            raise ValueError(f"{agent.folder} was trained on {', '.join(agent.tasks)}, which is not from "
-                             f"DMControl, and can be evaluated on that only, not on {task!r}")
-        if task not in possible:
-            near = difflib.get_close_matches(task, possible, 3, 0.4) or possible
-            raise ValueError(f"unknown task {task!r}; nearest: {', '.join(near)}")
-        obs_dim, action_dim = task_sizes(task) if agent.dmc else (0, 0)
-        if task not in agent.tasks and not fits(agent, task):
-            raise ValueError(f"{task} is too large for {agent.folder}: it needs a network trained with --obs-size "
-                             f"{obs_dim} and --action-size {action_dim} or more, not {agent.obs_size} and "
-                             f"{agent.action_size}")
-    if not tasks:
-        paper = [t for t in envs.HELD_OUT_TASKS if fits(agent, t)] if agent.dmc and not held_out else []
-        wanted = [*agent.tasks, *wanted, *paper]
-    return tuple(dict.fromkeys(wanted))
+    def fits(task):
+        largest = agent.trials.obs_size, agent.trials.action_dims
+        return all(map(int.__le__, task_sizes(task), largest))
+
+    for task in map(plain, tasks):
+        if task not in agent.tasks and not agent.dmc:
+            raise ValueError(f"{agent.folder} was trained on {', '.join(agent.tasks)}, not from "
+                             f"DMControl, and can be tested on that only, not on {task!r}")
+        if task not in agent.tasks and not fits(task):
+            raise ValueError(
+                "{} is too large for {}: it needs an agent trained with --obs-size {} and "
+                "--action-size {} or more".format(task, agent.folder, *task_sizes(task)))
+    held_out = [task for task in envs.HELD_OUT_TASKS if agent.dmc and fits(task)]
+    return tuple(dict.fromkeys(map(plain, tasks or (*agent.tasks, *held_out))))
 
 
-def own_family(agent):
-    """The family of projections of its own trials: "none" is the identity of a DMControl task's own size."""
-    return "identity" if agent.dmc and agent.family == "none" else agent.family
+# ---- Rollouts ------------------------------------------------------------------------------------
+# V variants of a trial differ in policy and projection. Only what differs has the axis of variants.
+STATE_AXES = envs.TrialsState(env=0, obs_matrix=0, act_matrix=0, spare=None, projected=0, sysid=0,
+                              counters=0, key=None)
 
 
-def task_sizes(task):
-    """(numbers in an observation, numbers in an action) of a DMControl task."""
-    return dmc.TASKS[task].obs_dim, envs.make(task)[0].model.nu
+class TestTrials(envs.Trials):
+    """`trials` trials of every task. They depend on the task's name, not on the other tasks.
 
-
-def fits(agent, task):
-    """Whether observation and action of a DMControl task are no larger than what the agent reads and gives."""
-    obs_dim, action_dim = task_sizes(task)
-    return obs_dim <= agent.obs_size and action_dim <= agent.action_size
-
-
-# ---- Trials ------------------------------------------------------------------------------------------------
-class Variants(NamedTuple):
-    """What differs between V ways to live the same trials inside one compiled function."""
-
-    kind: Any  # (V,) SAMPLE, MODE, RANDOM or ZERO
-    reset_every_step: Any  # (V,) bool, reset the memory before every step
-    outputs: Any  # (V,) int, how many numbers of a projected observation are shown to the agent; 0: it is blind
-
-
-def trial_keys(task, place):
-    """Keys (starts, observation matrices, action matrices, action noise) of the trials of a run's seed number
-    `place`, counted from 0, on the task of this name: whatever else is evaluated, they stay the same."""
-    name = np.uint32(zlib.crc32(task.encode()))
-    return jax.random.split(jax.random.fold_in(jax.random.fold_in(jax.random.PRNGKey(EVAL_SEED), name), place), 4)
-
-
-def make_lanes(agent, task, trials, episodes):
-    """Lanes of `trials` fresh trials of one task. DMControl: see make_start for their projections."""
-    changes = dict(projection="gaussian", obs_size=agent.obs_size, action_size=agent.action_size,
-                   identify=agent.identify) if agent.dmc else {}
-    return agent.trainer.make_lanes(agent.config, tasks=(task,), num_lanes=trials, stagger=False, privileged=False,
-                                    episodes_per_trial=episodes, **changes)
-
-
-def jit_once(function):
-    """jax.jit for what runs once: on a CPU half of an evaluation would go by in optimising it."""
-    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(function, compiler_options=options)
-
-
-def make_start(agent, lanes, families):
-    """start(keys) -> (state, inputs) as from lanes.reset, with a leading axis V = len(families).
-
-    The physical starts are the same along V, and so are the normal numbers behind the matrices; families[v]
-    names the distribution of projections. keys: as from trial_keys. Only DMControl has a choice of projections.
+    Args:
+      agent: an Agent; DMControl tasks are made under its sizes with gaussian projections.
+      tasks: names.
+      trials: number of trials of each task.
     """
-    def start(keys):
-        state, inputs = lanes.reset(keys[0])
-        made = {}
-        for family in dict.fromkeys(families):
-            if not agent.dmc:
-                made[family] = state, inputs
-                continue
-            draw = jax.vmap(envs.sample_matrix, (0, None, None, None))
-            obs_dim, action_dim = lanes.obs_dims[0], lanes.act_dims[0]
-            obs_matrix = draw(jax.random.split(keys[1], lanes.num_lanes), family, lanes.obs_size, obs_dim)
-            act_matrix = draw(jax.random.split(keys[2], lanes.num_lanes), family, action_dim, lanes.action_size)
-            obs = jax.vmap(lanes.envs[0].get_obs)(state.env[0])
-            seen = inputs.at[:, :lanes.obs_size].set(lanes.project_observation(obs_matrix, obs))
-            made[family] = state.replace(obs_matrix=obs_matrix, act_matrix=act_matrix, input=seen,
-                                         identified=lanes.start_identification(obs_matrix, obs)), seen
-        return stack([made[family] for family in families])
 
-    return jit_once(start)
+    def __init__(self, agent: Agent, tasks: tuple[str, ...], trials: int):
+        sizes = {"obs_size": agent.trials.obs_size, "action_size": agent.trials.action_dims}
+        changes = sizes | {"projection": "gaussian"} if agent.dmc else {}
+        super().__init__(tasks, trials * len(tasks), **agent.trial_kwargs | changes)
+        self.trials = trials
+
+    def split(self, key):
+        """A key for every environment, (N, ...)."""
+        numbers = np.array([zlib.crc32(task.encode()) for task in self.tasks], np.uint32)
+        of_task = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
+        keys = jax.vmap(lambda key: jax.random.split(key, self.trials))(of_task)
+        return keys.reshape(self.num_envs, -1)
+
+    def steps(self, task: int) -> int:
+        """Steps of a trial of a task; an episode without a limit is followed for 1000 steps."""
+        limit = int(self.limits[task * self.trials])
+        return (limit if limit < 2**30 else 1000) * self.episodes_per_trial
+
+    def under(self, state, observation, family):
+        """(state, observation) at the start of trials, with gaussian projections made into others.
+
+        All families have the same physical starts, and are made from the same normal numbers.
+        """
+        if family in ("gaussian", "none"):
+            return state, observation
+
+        def convert(matrix, rows, cols):
+            return jnp.concatenate([
+                envs.pad_to(envs.projection_matrix(x[:, :r, :c] * c**0.5, family), x.shape[1:])
+                for x, r, c in zip(self._blocks(matrix), rows, cols)])
+
+        obs_matrix = convert(state.obs_matrix, [self.obs_size] * len(self.tasks), self.obs_dims)
+        act_matrix = convert(state.act_matrix, self.act_dims, [self.action_dims] * len(self.tasks))
+        raw = [self._flat_obs(i, jax.vmap(env.get_obs)(state.env[i]))
+               for i, env in enumerate(self.envs)]
+        linear = envs.matvec(obs_matrix, jnp.concatenate(raw))
+        state = state.replace(obs_matrix=obs_matrix, act_matrix=act_matrix,
+                              projected=envs.symlog(linear), sysid=self._start_sysid(linear))
+        return state, observation._replace(projected=envs.symlog(linear))
 
 
-def horizon(lanes):
-    """Steps of the longest trial; episodes without a time limit are followed for 1000 steps."""
-    longest = int(lanes.limits.max())
-    return (longest if longest < 2**30 else 1000) * lanes.episodes_per_trial
+class FirstEpisodes(TestTrials):
+    """Trials of one episode: they end before a spare start is needed, so none is compiled."""
+
+    def _draw(self, key):
+        shapes = jax.eval_shape(super()._draw, key)
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
-def make_rollout(agent, lanes, record=False):
-    """rollout(params, state, inputs, variants, key) -> one trial of every lane and variant, time-major.
+def trial_keys(place: int) -> jax.Array:
+    """Keys (starts, action noise) of the trials of the seed with index `place` in its run."""
+    return jax.random.split(jax.random.fold_in(jax.random.PRNGKey(EVAL_SEED), place))
 
-    params are of one seed; state and inputs as from lanes.reset with a leading axis V; key makes the actions'
-    noise. Returns a dict of arrays (T, V, N), T = horizon(lanes): reward (0 after the trial's end), alive,
-    episode_end, diverged; with record=True also qpos, target, inputs and action, as they were when the agent
-    acted.
+
+def make_start(trials: TestTrials, families: tuple[str, ...]):
+    """start(key) -> (TrialsState, Observation) of N trials, each in V = len(families) variants."""
+    def start(key):
+        state, observation = trials.reset(key, stagger=False)
+        own = state.replace(spare=None, key=None)
+        made = {name: trials.under(own, observation, name) for name in dict.fromkeys(families)}
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *(made[family] for family in families))
+        return stacked[0].replace(spare=state.spare, key=state.key), stacked[1]
+
+    # it runs once: on a CPU, optimising it takes longer than running it
+    fast = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(start, compiler_options=fast)
+
+
+def make_rollout(agent, tasks, trials, policies, deterministic=False, record=False):
+    """rollout(params, norm, state, observation, key) -> dict: one trial of every environment.
+
+    Args:
+      agent, tasks, trials: as of TestTrials; N = trials * len(tasks).
+      policies: names, one for each of V variants.
+      deterministic: take the most likely action instead of a sample.
+      record: also return what a replay draws, of the first task.
+
+    Returns:
+      A compiled function. params and norm are those of one seed, state and observation as from
+      make_start. It returns arrays (T, V, N) over the steps of the longest trial: "alive" (the trial
+      has not ended), "reward" (0 where not alive), "episode_end" and "diverged"; with `record` also
+      "qpos", "target", "projected" and "action", as they were when the agent acted.
     """
-    network = agent.trainer.ActorCritic(agent.config, lanes.action_size, lanes.discrete, lanes.output_of_input)
-    memory = agent.trainer.make_memory(agent.config, jnp.float32)
-    steps = horizon(lanes)
+    blind, every_step, random = (np.array([[policy == name] for policy in policies])
+                                 for name in ("blind", "reset", "random"))
+    every_step |= agent.config.reset == "step"
+    single = agent.trials.episodes_per_trial == 1
+    trials = (FirstEpisodes if single else TestTrials)(agent, tasks, trials)
+    step_all = jax.vmap(trials.step, (STATE_AXES, 0, None), (STATE_AXES, 0, 0))
 
-    def rollout(params, state, inputs, variants, key):
-        prepared = network.apply(params, method="prepare")
-        shape = inputs.shape[:2]
-        memoryless = agent.config.memory == "none"
-        reset_every_step = jnp.broadcast_to(variants.reset_every_step[:, None] | memoryless, shape)
+    def hide(norm, observation):
+        return observation._replace(**{
+            name: jnp.where(blind[..., None], getattr(norm, name).mean, getattr(observation, name))
+            for name in HIDDEN_FIELDS})
 
-        def act(pi, key):
-            sample_key, random_key = jax.random.split(key)
-            sampled = pi.sample(seed=sample_key)
-            if lanes.discrete:
-                uniform = jax.random.randint(random_key, sampled.shape, 0, lanes.action_size, sampled.dtype)
-            else:
-                uniform = jax.random.uniform(random_key, sampled.shape, minval=-1.0, maxval=1.0)
-            kind = variants.kind.reshape(-1, *[1] * (sampled.ndim - 1))
-            return jnp.select([kind == SAMPLE, kind == MODE, kind == RANDOM], [sampled, pi.mode(), uniform],
-                              jnp.zeros_like(sampled))
+    def choose(pi, key):
+        """Samples (argmax of logits plus Gumbel noise, the same in all variants), or modes."""
+        logits = pi.distribution.logits.reshape(len(policies), trials.num_envs, -1, trials.num_bins)
+        logits = jnp.where(random[..., None, None], 0.0, logits)
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[2:]))(trials.split(key))
+        return jnp.argmax(logits + noise * (random[..., None, None] | (not deterministic)), -1)
+
+    def rollout(params, norm, state, observation, key):
+        act = functools.partial(agent.network.apply, params, critic=False, method="step")
+        prepared = agent.network.apply(params, method="prepare")
+        V, N = observation.context.shape[:2]
 
         def step(carry, t):
-            state, inputs, memory_state, reset, alive = carry
-            memory_state, pi, _ = network.apply(params, prepared, memory_state, inputs, reset,
-                                                variants.outputs[:, None], method="act")
-            action = act(pi, jax.random.fold_in(key, t))
-            new_state, new_inputs, out = jax.vmap(lanes.step, (0, 0, None))(state, action, t)
-            result = dict(reward=jnp.where(alive, out.reward, 0.0), alive=alive,
-                          episode_end=out.episode_end & alive, diverged=out.diverged & alive)
+            state, observation, hidden, reset, alive = carry
+            inputs = jax.tree.map(lambda x: x.reshape(V * N, *x.shape[2:]),
+                                  (hide(norm, observation), reset | every_step))
+            hidden, pi, _ = act(prepared, norm, hidden, *inputs)
+            action = choose(pi, jax.random.fold_in(key, t))
+            result = {"alive": alive}
             if record:
-                result |= dict(qpos=state.env[0].qpos, target=state.env[0].target, inputs=inputs, action=action)
-            reset, alive = out.trial_end | reset_every_step, alive & ~out.trial_end
-            return (new_state, new_inputs, memory_state, reset, alive), result
+                result |= {"qpos": state.env[0].qpos, "target": state.env[0].target,
+                           "projected": observation.projected,
+                           "action": envs.action_values(trials.num_bins)[action]}
+            state, observation, transition = step_all(state, action, t)
+            result |= {"reward": transition.reward * alive, "diverged": transition.diverged & alive,
+                       "episode_end": transition.episode_end & alive}
+            alive &= ~transition.trial_end
+            return (state, observation, hidden, jnp.zeros_like(alive), alive), result
 
-        carry = (state, inputs, memory.zero_state(shape), jnp.ones(shape, bool), jnp.ones(shape, bool))
-        return jax.lax.scan(step, carry, jnp.arange(steps))[1]
+        yes = jnp.ones((V, N), bool)
+        carry = state, observation, agent.network.zero_state((V * N,)), yes, yes
+        return jax.lax.scan(step, carry, jnp.arange(max(map(trials.steps, range(len(tasks))))))[1]
 
     return jax.jit(rollout)
 
 
-def stack(trees):
-    """Equal pytrees of arrays -> one, with a leading axis."""
-    return jax.tree.map(lambda *x: jnp.stack(x), *trees)
-
-
 class Result(NamedTuple):
-    """All that was measured of one agent. Arrays begin with the axes (tasks, seeds, trials)."""
+    """A test of one run. Arrays begin with the axes (tasks, seeds, trials)."""
 
     agent: Agent
     tasks: tuple
-    returns: dict  # {policy: (tasks, seeds, trials)}
-    curves: dict  # {policy: (tasks, seeds, trials, BINS)} mean reward of an environment step by time
-    counts: dict  # likewise, the number of steps in each bin
-    episodes: dict  # {policy: (tasks, seeds, trials, episodes)} return by episode, NaN if not reached
-    projections: dict  # {column: (tasks, seeds, trials)} returns, NaN where a task does not fit
-    horizon: tuple  # per task, environment steps of a trial
+    returns: dict  # {policy: (tasks, seeds, trials)} return of an episode, mean over the trial's
+    curves: dict  # {policy: (..., BINS)} reward of an environment step by time; NaN after the end
+    projections: dict  # {family: (tasks, seeds, trials)} the agent's return; {} without DMControl
+    steps: tuple  # per task, environment steps of a trial
 
 
-def reduce_trials(out, episodes, repeat):
-    """What Result keeps of a rollout.
+def reduce_trials(reward, alive, episodes: int, repeat: int) -> tuple[np.ndarray, np.ndarray]:
+    """(returns (V, N), curves (V, N, BINS)) of trials, float64.
 
     Args:
-      out: arrays (T, V, N) as from make_rollout.
-      episodes: episodes in a trial.
+      reward, alive: (T, V, N), see make_rollout.
+      episodes: episodes of a trial.
       repeat: environment steps in a step of the rollout.
-
-    Returns:
-      returns (V, N), curves and counts (V, N, BINS) and episodes (V, N, episodes), float64; see Result.
     """
-    reward, alive, end = (np.asarray(out[k]) for k in ("reward", "alive", "episode_end"))
     bin_of_step = np.arange(len(reward)) * BINS // len(reward)
-    totals, counts = (np.stack([x[bin_of_step == b].sum(0, dtype=np.float64) for b in range(BINS)], -1)
+    totals, counts = (np.stack([x[bin_of_step == b].sum(0, dtype=float) for b in range(BINS)], -1)
                       for x in (reward, alive))
-    number = np.cumsum(end, 0) - end  # index of the episode that each step belongs to
-    lane = np.arange(reward[0].size).reshape(reward[0].shape)
-    cell = (number * reward[0].size + lane)[alive]
-    lived, paid = (np.bincount(cell, weights, episodes * reward[0].size).reshape(episodes, *reward[0].shape)
-                   for weights in (None, reward[alive]))
     with np.errstate(invalid="ignore"):
-        curves, by_episode = totals / counts / repeat, np.where(lived > 0, paid, np.nan)
-    return paid.sum(0) / episodes, curves, counts, np.moveaxis(by_episode, 0, -1)
+        return totals.sum(-1) / episodes, totals / counts / repeat
 
 
-def measure(agent, tasks, trials, episodes, projections, sizes, shown):
-    """Every policy and, if asked, every projection on `trials` trials of each task and seed.
+def measure(agent: Agent, tasks: tuple, trials: int, deterministic: bool = False) -> Result:
+    """Every policy, and the agent under every family, on `trials` trials of each task and seed.
 
-    Args:
-      agent: an Agent.
-      tasks: names, as from choose_tasks.
-      trials: trials of each task and seed.
-      episodes: episodes in a trial.
-      projections: whether to fill Result.projections.
-      sizes: numbers of outputs of a projection to show, a column each.
-      shown: the policy (of POLICIES) that plays under the other projections.
-
-    Returns:
-      a Result.
+    The trials of a group of tasks run in one compiled function. A group for each core compiles.
     """
-    own, everything = own_family(agent), agent.obs_size
-    jobs = {name: (own, kind, reset, 0 if blind else everything) for name, (kind, reset, blind) in POLICIES.items()}
-    columns = {}
-    if projections:
-        kind, reset, _ = POLICIES[shown]
-        columns = {family: (family, kind, reset, everything) for family in FAMILIES if family != own}
-        family = "gaussian" if own == "identity" else own
-        columns |= {f"{family}, {size} of {everything}": (family, kind, reset, size) for size in sizes}
-    names, (families, *variants) = [*jobs, *columns], zip(*jobs.values(), *columns.values())
-    variants = Variants(*map(jnp.array, variants))
+    others = [family for family in FAMILIES if agent.dmc and family != agent.family]
+    policies = (*POLICIES, *["memory"] * len(others))
+    families = (*[agent.family] * len(POLICIES), *others)
+    bar = tqdm(desc=f"testing {agent.name}", total=len(tasks) * len(agent.seeds), leave=False)
 
-    def live(task):
-        """Four arrays (V, seeds, trials, ...) of one task, environment steps of a trial, trials that diverged."""
-        lanes = make_lanes(agent, task, trials, episodes)
-        start, rollout, by_seed, diverged = make_start(agent, lanes, families), make_rollout(agent, lanes), [], 0
+    def play(group):
+        """[(returns (V, seeds, trials), curves, environment steps of a trial) of each task]"""
+        these = TestTrials(agent, group, trials)
+        start, rollout = make_start(these, families), make_rollout(
+            agent, group, trials, policies, deterministic)
+        found = [[] for _ in group]
         for place in range(len(agent.seeds)):
-            keys = trial_keys(task, place)
-            params = jax.tree.map(lambda x: x[place], agent.params)
-            out = jax.device_get(rollout(params, *start(keys), variants, keys[3]))
-            diverged += out["diverged"].sum()
-            by_seed.append(reduce_trials(out, episodes, lanes.action_repeat))
-        return [np.stack(x, 1) for x in zip(*by_seed)], horizon(lanes) * lanes.action_repeat, diverged
+            start_key, noise_key = trial_keys(place)
+            weights = jax.tree.map(lambda x: x[place], (agent.params, agent.norm))
+            out = jax.device_get(rollout(*weights, *start(start_key), noise_key))
+            if diverged := out["diverged"].sum():
+                print(f"{agent.name}: {diverged} trials diverged, cut short", file=sys.stderr)
+            for i, results in enumerate(found):
+                mine = np.s_[:these.steps(i), :, i * trials:(i + 1) * trials]
+                results.append(reduce_trials(out["reward"][mine], out["alive"][mine],
+                                             these.episodes_per_trial, these.action_repeat))
+            bar.update(len(group))
+        return [(*(np.stack(x, 1) for x in zip(*results)), these.steps(i) * these.action_repeat)
+                for i, results in enumerate(found)]
 
-    with ThreadPoolExecutor(experiment.num_cores()) as pool:  # on a GPU compiling takes nearly all of the time
-        found, steps, diverged = zip(*pool.map(live, tasks))
-    diverged = sum(diverged)
-    if diverged:
-        print(f"{agent.folder}: {diverged} trials diverged and were cut short there", file=sys.stderr)
-    found = [dict(zip(names, np.stack(x, 1))) for x in zip(*found)]
-    table = {own: found[0][shown]} if projections else {}
-    for name, (family, *_) in columns.items():
-        whole = np.array([family not in ("orthogonal", "identity") or fits(agent, task) for task in tasks])
-        table[name] = np.where(whole[:, None, None], found[0][name], np.nan)
-    order = [c for f in FAMILIES for c in table if c == f] + [c for c in table if c not in FAMILIES]
-    by_policy = [{name: x[name] for name in POLICIES} for x in found]
-    return Result(agent, tasks, *by_policy, {c: table[c] for c in order}, steps)
+    groups = [group for i in range(devices.num_cores()) if (group := tasks[i::devices.num_cores()])]
+    with ThreadPoolExecutor(len(groups)) as pool, bar:
+        played = dict(zip(itertools.chain(*groups), itertools.chain(*pool.map(play, groups))))
+    returns, curves, steps = zip(*(played[task] for task in tasks))
+    returns, curves = np.stack(returns, 1), np.stack(curves, 1)
+    by_family = {agent.family: returns[0]} | dict(zip(others, returns[len(POLICIES):]))
+    return Result(agent, tasks, dict(zip(POLICIES, returns)), dict(zip(POLICIES, curves)),
+                  {family: by_family[family] for family in FAMILIES if agent.dmc}, steps)
 
 
-def record_trial(agent, task, trials, episodes, shown):
-    """Data for replay.write: the first seed's trial of median return with memory, and the same without."""
-    lanes, keys = make_lanes(agent, task, trials, episodes), trial_keys(task, 0)
-    state, inputs = make_start(agent, lanes, [own_family(agent)] * 2)(keys)
-    kind = POLICIES[shown][0]
-    variants = Variants(jnp.array([kind, kind]), jnp.array([False, True]), jnp.full(2, lanes.obs_size))
-    params = jax.tree.map(lambda x: x[0], agent.params)
-    out = jax.device_get(make_rollout(agent, lanes, record=True)(params, state, inputs, variants, keys[3]))
-    returns = out["reward"].sum(0)  # (2, trials)
-    lane = int(np.argsort(returns[0], kind="stable")[(trials - 1) // 2])
-    matrices = [np.asarray(m[0, lane], np.float64) for m in (state.obs_matrix, state.act_matrix)]
+def record_trial(agent: Agent, task: str, trials: int, deterministic: bool = False) -> dict:
+    """What replay.py draws: the first seed's trial of median return, with and without memory."""
+    policies = "memory", "reset"
+    these, (start_key, noise_key) = TestTrials(agent, (task,), trials), trial_keys(0)
+    start = make_start(these, (agent.family,) * 2)(start_key)
+    rollout = make_rollout(agent, (task,), trials, policies, deterministic, record=True)
+    weights = jax.tree.map(lambda x: x[0], (agent.params, agent.norm))
+    out = jax.device_get(rollout(*weights, *start, noise_key))
+    trial = int(np.argsort(out["reward"].sum(0)[0], kind="stable")[(trials - 1) // 2])
+    obs_matrix, act_matrix = (
+        np.asarray(x[0, trial], np.float64) for x in (start[0].obs_matrix, start[0].act_matrix))
     sides = []
-    for v, name in enumerate(("memory on", "memory reset at every step")):
-        frames = int(out["alive"][:, v, lane].sum())
-        told = {k: np.asarray(x[:frames, v, lane], np.float64) for k, x in out.items() if x is not None}
-        sides.append({"name": name, "qpos": told["qpos"], "target": told.get("target"),
-                      "reward": told["reward"], "sees": told["inputs"][:, :lanes.obs_size],
-                      "acts": told["action"], "control": np.clip(told["action"] @ matrices[1].T, -1, 1),
-                      "ends": np.flatnonzero(told["episode_end"]).tolist()})
-    return {"task": task, "run": agent.folder.name, "trainer": agent.trainer.__name__, "family": agent.family,
-            "action_repeat": lanes.action_repeat, "seed": agent.seeds[0], "trial": lane, "trials": trials,
-            "actions": shown.split(", ")[1], "held_out": task not in agent.tasks, "obs_matrix": matrices[0],
-            "act_matrix": matrices[1], "sides": sides}
+    for v, name in enumerate(("with memory", "hidden state reset at every step")):
+        frames = out["alive"][:, v, trial].sum()
+        mine = {key: np.asarray(x[:frames, v, trial], float) for key, x in out.items()
+                if x is not None}
+        sides.append({
+            "name": name, "qpos": mine["qpos"], "target": mine.get("target"),
+            "reward": mine["reward"], "observed": mine["projected"], "action": mine["action"],
+            "control": np.clip(mine["action"] @ act_matrix.T, -1, 1),
+            "ends": np.flatnonzero(mine["episode_end"]).tolist()})
+    return dict(
+        task=task, run=agent.name, trainer=agent.trainer, seed=agent.seeds[0], trial=trial,
+        trials=trials, family=agent.trials.projection, action_repeat=these.action_repeat,
+        actions="most likely" if deterministic else "sampled", held_out=task not in agent.tasks,
+        obs_matrix=obs_matrix, act_matrix=act_matrix, sides=sides)
 
 
-# ---- Command line ------------------------------------------------------------------------------------------
+# ---- Statistics ----------------------------------------------------------------------------------
+# The unit is the seed, one training run. Its network plays all tasks, so each seed contributes one
+# number, whatever is asked: the mean of a task or of several, or a difference in the same trials.
+# These numbers are independent, so Student's t gives a 95 % interval of their mean, for three seeds
+# as for ten. One seed says nothing about other training runs: its interval is over its trials.
+class Estimate(NamedTuple):
+    """A mean and its 95 % interval, (...) each, over "seeds" or over the "trials" of one seed."""
+
+    mean: Any
+    low: Any
+    high: Any
+    over: str
+
+    def __str__(self):
+        return "-" if np.isnan(self.low) else f"{number(self.low)} to {number(self.high)}"
+
+
+def estimate(x: np.ndarray) -> Estimate:
+    """Estimate of the mean of x (tasks, seeds, trials, ...), without NaNs.
+
+    Each seed counts by its mean over trials and tasks; each trial of one seed by that over tasks.
+    """
+    if x.shape[1] == 1:
+        return Estimate(*experiment.t_interval(x[:, 0].mean(0)), "trials")
+    return Estimate(*experiment.t_interval(experiment.nanmean(x, 2).mean(0)), "seeds")
+
+
+def compare(x: np.ndarray, y: np.ndarray) -> Estimate:
+    """Estimate of the mean of x - y (tasks, seeds, trials), in the trials that both have."""
+    seeds = min(x.shape[1], y.shape[1])
+    return estimate(x[:, :seeds] - y[:, :seeds])
+
+
+# ---- Tables --------------------------------------------------------------------------------------
+def groups(result: Result) -> dict[str, list[int]]:
+    """{"trained on" and "held out": indices of tasks}, those that are not empty."""
+    trained = [i for i, task in enumerate(result.tasks) if task in result.agent.tasks]
+    others = [i for i in range(len(result.tasks)) if i not in trained]
+    return {name: i for name, i in (("trained on", trained), ("held out", others)) if i}
+
+
+def rows_of(result: Result, index: list[int]) -> list[tuple[str, list[int]]]:
+    """(label, indices of tasks) of the rows of a table: tasks, then their mean."""
+    mean = [(f"mean of {len(index)}", index)] if len(index) > 1 else []
+    return [(result.tasks[i], [i]) for i in index] + mean
+
+
+def grid(header: list, rows: list[list]) -> str:
+    """A Markdown table with aligned columns."""
+    cells = [[str(c) for c in row] for row in [header, *rows]]
+    width = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    cells.insert(1, ["-" * width[0], *("-" * (w - 1) + ":" for w in width[1:])])
+    lines = [[row[0].ljust(width[0]), *map(str.rjust, row[1:], width[1:])] for row in cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def number(x: float) -> str:
+    """With as many digits as tell apart tasks that pay up to 1000 and tasks that pay up to 1."""
+    return "-" if np.isnan(x) else f"{x:.{0 if abs(x) >= 100 else 1 if abs(x) >= 10 else 2}f}"
+
+
+def returns_table(result: Result, index: list[int]) -> str:
+    """A row for each task: the agent's return, its interval, the other policies."""
+    rows = [(label, [estimate(x[which]) for x in result.returns.values()])
+            for label, which in rows_of(result, index)]
+    return grid(["return", "memory", "95 %", *POLICIES[1:]], [
+        [label, number(memory.mean), memory, *(number(e.mean) for e in others)]
+        for label, (memory, *others) in rows])
+
+
+def projections_table(results: list[Result]) -> str:
+    """Mean returns; a row for each run and group of tasks, a column for each family tested on."""
+    return grid(["run", "tasks", *FAMILIES], [
+        [r.agent.name, group,
+         *(number(r.projections[family][index].mean()) for family in FAMILIES)]
+        for r in results for group, index in groups(r).items()])
+
+
+def headline(result: Result) -> str:
+    """The three numbers that matter: return on each group of tasks, and what blindness costs."""
+    found, memory = groups(result), result.returns["memory"]
+    (group, index), seeds, trials = next(iter(found.items())), *memory.shape[1:]
+    rows = [(f"return, {group}", index, memory[index]) for group, index in found.items()]
+    rows.append((f"cost of hiding observations, {group}", index,
+                 (memory - result.returns["blind"])[index]))
+    over = f"{seeds} seeds" if seeds > 1 else f"{trials} trials of one seed"
+    return grid([result.agent.name, "tasks", "mean", f"95 % over {over}"], [
+        [label, len(index), number(x.mean()), estimate(x)] for label, index, x in rows])
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: f"{x:.6g}" if isinstance(x, float) else x for k, x in row.items()})
+
+
+def write_tables(result: Result, folder: Path) -> None:
+    """Writes returns.csv (statistics), trials.csv (every trial) and curves.csv."""
+    run, own = {"run": result.agent.name}, result.agent.family
+    series = [(policy, own, x) for policy, x in result.returns.items()]
+    series += [("memory", family, x) for family, x in result.projections.items() if family != own]
+    trials = [run | {"task": result.tasks[i], "policy": policy, "projection": family,
+                     "seed": result.agent.seeds[s], "trial": k, "return": float(value)}
+              for policy, family, x in series for (i, s, k), value in np.ndenumerate(x)]
+    series.append(("memory - blind", own, result.returns["memory"] - result.returns["blind"]))
+    returns = [run | {"tasks": group, "task": label, "policy": policy, "projection": family}
+               | estimate(x[which])._asdict() | {"iqm": trim_mean(x[which], 0.25, axis=None),
+                                                 "seeds": x.shape[1], "trials": x.shape[2]}
+               for group, index in groups(result).items() for label, which in rows_of(result, index)
+               for policy, family, x in series]
+    curves = [run | {"task": task, "policy": policy, "from_step": math.ceil(b * steps / BINS)}
+              | estimate(x[[i], ..., b])._asdict()
+              for i, (task, steps) in enumerate(zip(result.tasks, result.steps))
+              for policy, x in result.curves.items() for b in range(BINS)]
+    for name, rows in (("returns", returns), ("trials", trials), ("curves", curves)):
+        write_csv(folder / f"{name}.csv", rows)
+
+
+# ---- Figures: the colours of Okabe and Ito, with different markers and dashes --------------------
+STYLES = (("#0072B2", "o", "-"), ("#009E73", "D", "-."), ("#D55E00", "v", "--"),
+          ("#000000", "x", ":"), ("#E69F00", "s", "-"), ("#CC79A7", "^", "--"))
+
+
+def plot_returns(result: Result, series: dict[str, np.ndarray], path: Path) -> None:
+    """Returns by task with intervals, a panel for each group; series as Result.returns."""
+    found = groups(result)
+    height = max(len(index) for index in found.values()) * (0.15 + 0.09 * len(series))
+    figure, axes = experiment.panels(len(found), 1, 7, 1.2 + height)
+    for axis, (group, index) in zip(axes[:, 0], found.items()):
+        rows = rows_of(result, index)
+        for k, (name, x) in enumerate(series.items()):
+            y = np.arange(len(rows)) + (k - (len(series) - 1) / 2) * 0.8 / len(series)
+            mean, _, high, _ = zip(*(estimate(x[which]) for _, which in rows))
+            colour, marker, _ = STYLES[k % len(STYLES)]
+            axis.errorbar(mean, y, xerr=np.nan_to_num(np.subtract(high, mean)), fmt=marker,
+                          color=colour, ms=4, lw=1, capsize=1.5, label=name)
+        axis.set(yticks=range(len(rows)), yticklabels=[label for label, _ in rows],
+                 ylim=(len(rows) - 0.5, -0.5), title=f"tasks {group}")
+    axes[-1, 0].set_xlabel("return of an episode (95 % over seeds, or trials of the only seed)")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    figure.savefig(path)
+
+
+def plot_curves(result: Result, series: dict[str, np.ndarray], path: Path) -> None:
+    """Reward against time in the trial, a panel for each task; series as Result.curves."""
+    columns = min(4, len(result.tasks))
+    figure, axes = experiment.panels(math.ceil(len(result.tasks) / columns), columns, 2.6, 2.1)
+    for axis in axes.flat[len(result.tasks):]:
+        axis.remove()
+    for i, (axis, task) in enumerate(zip(axes.flat, result.tasks)):
+        x = (np.arange(BINS) + 0.5) * result.steps[i] / BINS
+        for (name, data), (colour, marker, line) in zip(series.items(), itertools.cycle(STYLES)):
+            e = estimate(data[[i]])
+            axis.plot(x, e.mean, line, color=colour, marker=marker, ms=2.5, lw=1.2, label=name)
+            axis.fill_between(x, e.low, e.high, color=colour, alpha=0.18, lw=0)
+        axis.set_title(task + ("" if task in result.agent.tasks else " (held out)"), fontsize=9)
+        axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    figure.supxlabel("environment steps since the trial began (95 % as in the tables)", fontsize=9)
+    figure.supylabel("reward of a step", fontsize=9)
+    figure.savefig(path)
+
+
+# ---- Reports -------------------------------------------------------------------------------------
+NOTES = """A return is the sum of the rewards of an episode, or the mean over the episodes of a
+trial. *memory* is the agent. *blind*: all observations are replaced by their means; hidden state,
+previous action and previous reward remain. *reset*: the hidden state is reset before every step.
+*random*: uniformly random actions. 95 %: t interval of the mean over seeds (training runs). With one
+seed it is over that seed's trials; other seeds may lie far outside. All policies have the same
+trials. The CSV files hold all intervals, interquartile means and every trial."""
+
+
+def describe(result: Result) -> str:
+    agent, (_, seeds, trials) = result.agent, result.returns["memory"].shape
+    return (f"{agent.name}: {agent.trainer}, projection {agent.trials.projection}, "
+            f"{agent.steps:,} steps of training on\n{', '.join(agent.tasks)}.\n"
+            f"Tested: {seeds} seed{'s' * (seeds > 1)} x {trials} trials of each task.")
+
+
+def write_report(result: Result, folder: Path) -> str:
+    """Writes tables and figures of one run, and report.md around them. Returns what to print."""
+    write_tables(result, folder)
+    plot_returns(result, result.returns, folder / "returns.png")
+    plot_curves(result, result.curves, folder / "curves.png")
+    tables = [f"Tasks {group}\n\n{returns_table(result, i)}" for group, i in groups(result).items()]
+    figures = ["![returns](returns.png)", "![curves](curves.png)"]
+    if result.projections:
+        plot_returns(result, result.projections, folder / "projections.png")
+        tables.append(f"Returns under other projections\n\n{projections_table([result])}")
+        figures.append("![projections](projections.png)")
+    figures += [f"[{path.name}]({path.name})" for path in sorted(folder.glob("replay-*.*"))]
+    parts = [f"# {result.agent.name}", headline(result), describe(result), *tables, *figures, NOTES]
+    (folder / "report.md").write_text("\n\n".join(parts) + "\n")
+    printed = [describe(result), *tables, f"more: {folder / 'report.md'}", headline(result)]
+    return "\n\n".join(printed)
+
+
+def write_comparison(results: list[Result], folder: Path) -> str:
+    """Writes comparison.csv, figures and comparison.md of runs. Returns what to print."""
+    rows = [({"run": a.agent.name, "other": b.agent.name, "tasks": group},
+             compare(a.returns["memory"][index], b.returns["memory"][index]))
+            for group, index in groups(results[0]).items()
+            for a, b in itertools.combinations(results, 2)]
+    write_csv(folder / "comparison.csv", [row | e._asdict() for row, e in rows])
+    plot_returns(results[0], {r.agent.name: r.returns["memory"] for r in results},
+                 folder / "comparison.png")
+    plot_curves(results[0], {r.agent.name: r.curves["memory"] for r in results},
+                folder / "comparison_curves.png")
+    parts = ["Differences of returns in the same trials\n\n" + grid(
+        ["run - other", "tasks", "difference", "95 %", "over"],
+        [["{run} - {other}".format(**row), row["tasks"], number(e.mean), e, e.over]
+         for row, e in rows])]
+    if all(r.projections for r in results):
+        parts.append(f"Returns under other projections\n\n{projections_table(results)}")
+    figures = ["![returns](comparison.png)", "![curves](comparison_curves.png)"]
+    text = ["# Comparison", *map(describe, results), *parts, *figures, NOTES]
+    (folder / "comparison.md").write_text("\n\n".join(text) + "\n")
+    return "\n\n".join([*parts, f"more: {folder / 'comparison.md'}"])
+
+
+# ---- Command line --------------------------------------------------------------------------------
 def evaluate(folders: tyro.conf.Positional[tuple[Path, ...]], tasks: tuple[str, ...] = (),
-             held_out: tuple[str, ...] = (), trials: int = 32, episodes: int = 0, sizes: tuple[int, ...] = (),
-             projections: bool = True, deterministic: bool = False, replay: tuple[str, ...] = (),
-             tables: bool = True, out: Path | None = None) -> list[Result]:
-    """Evaluate runs; write tables, pictures, replays and report.md into <run>/eval/.
+             trials: int = 32, deterministic: bool = False, replay: tuple[str, ...] = (),
+             gif: tuple[str, ...] = (), setting: tuple[str, ...] = (), seed: int | None = None,
+             out: Path | None = None) -> list[Result]:
+    """Tests runs and writes report.md with tables, figures and replays into RUN/eval/.
 
     Args:
-      folders: run folders; several are also compared, over the tasks that they share
-      tasks: DMControl tasks (default: those it was trained on, and the held-out ones)
-      held_out: tasks to test on beside those (default: the paper's five)
-      trials: trials of every task and seed
-      episodes: episodes in a trial (0: as in training)
-      sizes: k, ...: show only k outputs of a projection (default: 1/4, 1/2 and 3/4 of the network's)
-      projections: make the table of projections (DMControl only)
-      deterministic: curves, projections, comparisons and replays show the policy's mode, not samples
-      replay: tasks to record as an HTML file each
-      tables: make tables and pictures (--no-tables: replays only)
-      out: folder of the comparison of several runs (default: eval/ of the first)
+      folders: run folders or agent.msgpack files; several are compared, on the tasks common to all
+      tasks: tasks (default: those trained on and, for DMControl, five held-out ones)
+      trials: trials of each task and seed
+      deterministic: take the most likely action instead of a sample
+      replay: tasks to record as a page that plays in a browser
+      gif: tasks to record as a GIF
+      setting: NAME=VALUE of a sweep (default: the best setting)
+      seed: test one seed (default: all)
+      out: folder of the report, or of the comparison of several runs (default: eval/ in the run)
 
     Returns:
-      a Result for each folder; [] without tables
-
-    Raises:
-      ValueError: one sentence, before anything is evaluated
+      a Result for each run
     """
-    if not folders:
-        raise ValueError("name at least one run folder, such as runs/NAME")
-    if trials < 1 or episodes < 0:
-        raise ValueError(f"trials must be at least 1 and episodes at least 0, got {trials} and {episodes}")
-    shown = "memory, mode" if deterministic else "memory, sampled"
-    agents, results = [load(folder) for folder in folders], []
-    for agent in agents:  # refuse before the first minute is spent
-        choose_tasks(agent, tasks, held_out)
-        for task in replay:
-            if not agent.dmc:
-                raise ValueError(f"replays draw DMControl tasks only, and {agent.folder} is a run on "
-                                 f"{', '.join(agent.tasks)}")
-            choose_tasks(agent, (task,))
-        for size in sizes:
-            if not agent.dmc or not 1 <= size <= agent.obs_size:
-                sizes_that_do = f"sizes 1 to {agent.obs_size} do" if agent.dmc else "without projection"
-                raise ValueError(f"size {size} does not fit the network of {agent.folder}, which reads "
-                                 f"{agent.obs_size} observations ({sizes_that_do})")
+    if not folders or trials < 1:
+        raise ValueError(f"expected run folders and trials >= 1, got {len(folders)} and {trials}")
+    agents, results = [load(folder, envs.parse_kwargs(setting), seed) for folder in folders], []
+    chosen = [choose_tasks(agent, tasks) for agent in agents]
+    chosen = tuple(task for task in chosen[0] if all(task in others for others in chosen))
+    if not chosen:
+        raise ValueError("these runs have no task in common to be compared on")
     for agent in agents:
-        folder = agent.folder / "eval"
-        folder.mkdir(exist_ok=True)
-        length = episodes or agent.config.episodes_per_trial
-        for task in choose_tasks(agent, replay) if replay else ():
-            path = folder / f"replay-{task}.html"
-            replay_page.write(record_trial(agent, task, trials, length, shown), path)
-            print(f"wrote {path}")
-        if not tables:
-            continue
-        chosen = sizes or sorted({max(1, round(k * agent.obs_size / 4)) for k in (1, 2, 3)})
-        result = measure(agent, choose_tasks(agent, tasks, held_out), trials, length, projections and agent.dmc,
-                         chosen, shown)
-        results.append(result)
-        report.write_report(result, shown, folder)
-        print(f"\n{report.describe(result)}\nwrote {folder / 'report.md'}")
-        if result.projections and len(agents) == 1:
-            print(f"\nprojections, {shown}\n{report.projections_table([result])}")
-        for group, index in report.groups(result).items():
-            if length > 1:
-                print(f"\nreturn by episode, tasks {group}\n{report.episodes_table(result, shown, index)}")
-            print(f"\ntasks {group}\n{report.reading_table(result, index)}\n\n{report.returns_table(result, index)}")
+        choose_tasks(agent, (*replay, *gif))
+        if (replay or gif) and not agent.dmc:
+            raise ValueError(f"replays draw DMControl tasks only, not {', '.join(agent.tasks)}")
+    for agent in agents:
+        folder = out if out and len(agents) == 1 else agent.folder / "eval"
+        folder.mkdir(parents=True, exist_ok=True)
+        for write, names in ((replay_page.write_html, replay), (replay_page.write_gif, gif)):
+            for task in map(plain, names):
+                path = folder / f"replay-{task}.{write.__name__.removeprefix('write_')}"
+                write(record_trial(agent, task, trials, deterministic), path)
+                print(f"wrote {path}")
+        results.append(measure(agent, chosen, trials, deterministic))
+        print(f"\n{write_report(results[-1], folder)}")
     if len(results) > 1:
         folder = out or agents[0].folder / "eval"
         folder.mkdir(parents=True, exist_ok=True)
-        print(f"\n{report.write_comparison(results, shown, folder)}")
+        print(f"\n{write_comparison(results, folder)}")
     return results
 
 
-def main():
+def report(folder: Path | str) -> Result:
+    """Tests a run on all tasks, as `python evaluate.py FOLDER` does."""
+    return evaluate((Path(folder),))[0]
+
+
+def main() -> None:
     jax.config.update("jax_compilation_cache_dir", os.environ.get(
         "JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "jax-icrl")))
     try:
         tyro.cli(evaluate, description=__doc__)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        devices.stop(2, f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -3,13 +3,13 @@
     step = make_step(mujoco.MjModel.from_xml_string(xml), substeps=10)
     qpos, qvel, touch = jax.vmap(step)(qpos, qvel, ctrl)
 
-A general simulator spends its time on what a small model lacks: loops over bodies of a runtime tree, gathers,
-masked rows, hundreds of tiny kernels. Here the compiled `mujoco.MjModel` is known while JAX traces, so the
-step is *partially evaluated*. Every quantity is a numpy object array whose entries are either Python floats
-(known now) or `Traced`s (a traced scalar each). `Traced`'s operators fold the constants and drop 0 and 1, so that
-ordinary 3-D rigid-body algebra leaves only the arithmetic that this one model needs: a planar mechanism
-collapses to planar code by itself. XLA fuses the rest and `vmap` supplies the batch. Fed with numbers only,
-the same code is an ordinary simulator that runs while tracing (see `merge_copies`).
+A general simulator spends most of its time on loops over bodies, gathers, masked rows and hundreds of small
+kernels, none of which a small model needs. Here the compiled `mujoco.MjModel` is known when JAX traces, so the
+step is *partially evaluated*. Every quantity is a numpy object array whose entries are Python floats (constants)
+or `Traced`s (one traced scalar each). The operators of `Traced` fold constants and drop 0 and 1. Ordinary 3-D
+rigid-body algebra then leaves only the arithmetic that this model needs: a planar mechanism becomes planar code.
+XLA fuses that code, and `vmap` adds the batch. Given numbers only, the same code is an ordinary simulator that
+runs while tracing (see `merge_copies`).
 
 The semantics are those of C MuJoCo (Todorov, Erez & Tassa 2012, and the "Computation" chapter of its manual),
 with the model's own integrator, time step and friction cone:
@@ -20,9 +20,9 @@ with the model's own integrator, time step and friction cone:
     solver       min_a 1/2 (a - a0)' M (a - a0) + sum of s(x): closed form for a lone row, else Newton
     integrator   semi-implicit Euler with implicit joint damping, or RK4
 
-Contacts of capsules with parallel or crossing axes are not quite C's: see contact_geometry.
+Contacts of capsules with parallel or crossing axes differ from C's: see contact_geometry.
 
-A model that needs anything else raises `NotImplementedError`: `backend="mjx"` is MuJoCo's own JAX port.
+A model with any other feature raises `NotImplementedError`. `backend="mjx"`, MuJoCo's JAX port, covers more.
 """
 import copy
 import math
@@ -42,15 +42,15 @@ PLANE, SPHERE, CAPSULE = int(GEOM.mjGEOM_PLANE), int(GEOM.mjGEOM_SPHERE), int(GE
 
 
 def disabled(m, name):
-    """Is a part of the physics disabled in the model's option flags?"""
+    """Whether a part of the physics is disabled in the model's option flags."""
     return bool(m.opt.disableflags & int(getattr(mujoco.mjtDisableBit, f"mjDSBL_{name}")))
 
 
-# ---- Partial evaluation: scalars known now or later --------------------------------------------------------
+# ---- Partial evaluation: constant and traced scalars -------------------------------------------------------
 class Traced:
     """A traced scalar `x` (float or bool) of a computation whose float dtype is `dtype`.
 
-    Mixed with Python floats it simplifies: c + 0, c * 0, c * 1, c * -1 and c / 1 cost nothing.
+    Operations with Python floats are simplified: x + 0, x * 0, x * 1, x * -1 and x / 1 cost nothing.
     """
     __slots__ = ("x", "dtype")
 
@@ -59,7 +59,7 @@ class Traced:
 
     def _binary(self, op, other, swap=False):
         if isinstance(other, np.ndarray):
-            return NotImplemented  # let numpy go through the entries
+            return NotImplemented  # numpy then applies the operator to each entry
         y = unwrap(other, self.dtype)
         return Traced(op(y, self.x) if swap else op(self.x, y), self.dtype)
 
@@ -107,7 +107,7 @@ class Traced:
 
 
 def known(a, value=None):
-    """Is `a` a constant (equal to `value`, if given)?"""
+    """Whether `a` is a constant (equal to `value`, if given)."""
     return not isinstance(a, (Traced, np.ndarray)) and (value is None or a == value)
 
 
@@ -120,7 +120,7 @@ def scalars(array, dtype):
 
 
 def const(a):
-    """Model constants as an object array; rounding noise around whole numbers goes, so that 0 and 1 fold."""
+    """Model constants as an object array. Rounding errors around integers are removed, so that 0 and 1 fold."""
     a = np.asarray(a, float)
     return np.where(np.abs(a - np.round(a)) < 1e-12, np.round(a), a).astype(object)
 
@@ -178,8 +178,8 @@ def power(x, p):
 def fusion_barrier(values):
     """The same values (object array), computed once.
 
-    XLA's CPU fusion repeats cheap shared work in every consumer, but never a division. Dividing by a 1 that
-    it cannot see through (0 x + 1) ends the fusion here: cartpole became 5 times faster, most others twice.
+    XLA's CPU fusion repeats cheap shared work in every consumer, but never a division. A division by a 1 that
+    XLA cannot simplify (0 x + 1) ends the fusion here. It made cartpole 5 times faster, most other tasks twice.
     """
     values = np.asarray(values, object)
     traced = [v for v in np.ravel(values) if not known(v)]
@@ -190,7 +190,7 @@ def fusion_barrier(values):
 
 
 def factor(M):
-    """L' D L of a symmetric positive matrix, from the last row up, which leaves a tree's zeros in place."""
+    """L' D L of a symmetric positive matrix, from the last row up, which preserves the zeros of a tree."""
     M, n = M.copy(), len(M)
     inverse = [None] * n
     L = zeros(n, n)
@@ -223,7 +223,7 @@ def rotation(quat):
 
 
 class Tree(NamedTuple):
-    """World-frame pose of each body, velocity-product motion if velocities were given, axes of each dof."""
+    """World-frame pose of each body, its velocity-product motion if velocities are given, axes of each dof."""
     pos: list        # (3,) body origin
     mat: list        # (3, 3) body orientation
     omega: list      # (3,) angular velocity
@@ -240,7 +240,7 @@ class Tree(NamedTuple):
 
 
 def forward_tree(m, q, v=None):
-    """`Tree` at joint positions `q` (nq,) and velocities `v` (nv,); v = None leaves the motion at zero."""
+    """`Tree` at joint positions `q` (nq,) and velocities `v` (nv,). With v = None the motion is zero."""
     pos, mat, dofs = [const([0, 0, 0])], [const(np.eye(3))], [[]]
     omega, alpha, acc = [zeros(3)], [zeros(3)], [const([0, 0, 0] if disabled(m, "GRAVITY") else -m.opt.gravity)]
     axes, anchors = [None] * m.nv, [None] * m.nv
@@ -275,7 +275,7 @@ def forward_tree(m, q, v=None):
             dw, w = dw + cross(w, axes[d] * rate), w + axes[d] * rate
             arm = R @ const(m.jnt_pos[j])
             p, a = anchors[d] - arm, a - centripetal(w, dw, arm)
-        p, R, w, dw, a = (fusion_barrier(x) for x in (p, R, w, dw, a))  # everything below uses them
+        p, R, w, dw, a = (fusion_barrier(x) for x in (p, R, w, dw, a))  # all later code uses them
         for values, value in zip((pos, mat, omega, alpha, acc, dofs), (p, R, w, dw, a, moved)):
             values.append(value)
     return Tree(pos, mat, omega, alpha, acc, axes, anchors, dofs)
@@ -286,7 +286,7 @@ def centres_of_mass(m, tree):
 
 
 def inertia_and_bias(m, tree):
-    """Mass matrix (nv, nv), and the force (nv,) that zero joint acceleration needs (gravity, centrifugal)."""
+    """Mass matrix (nv, nv), and the force (nv,) at zero joint acceleration (gravity, centrifugal)."""
     M, bias = zeros(m.nv, m.nv), zeros(m.nv)
     for d in range(m.nv):
         M[d, d] = float(m.dof_armature[d])
@@ -383,10 +383,10 @@ class Contact(NamedTuple):
     mu: float
     impratio: float
     elliptic: bool
-    zone: dict        # where to sum its normal force: {touch sensor: 0/1 Traced}
+    zone: dict        # {touch sensor: 0/1 Traced}, whether the sensor measures the contact's normal force
 
     def gradient(self, x):
-        """Gradient W x: the cost is piecewise quadratic, with the Hessian W of the piece that x is in."""
+        """Gradient W x: the cost is piecewise quadratic, and W is the Hessian of the piece that contains x."""
         (wnn, wnt), (_, wtt) = self.hessian(x)
         return wnn * x[0] + wnt * x[1], wnt * x[0] + wtt * x[1]
 
@@ -400,7 +400,7 @@ class Contact(NamedTuple):
             sign = where(t < 0.0, -mu, mu)
             return ((where(bottom, D, c), where(bottom, 0.0, -(c * sign))),
                     (where(bottom, 0.0, -(c * sign)), where(bottom, D * self.impratio, c * (mu * mu))))
-        # The two edges along y have the same row n: MuJoCo's pyramid has four edges, this one 1 + 1 + 2.
+        # MuJoCo's pyramid has four edges. The two along y have the same row n, so n counts twice here.
         low, high = (where(n + s * t < 0.0, D, 0.0) for s in (mu, -mu))
         return ((low + high + where(n < 0.0, D * 2.0, 0.0), (low - high) * mu),
                 ((low - high) * mu, (low + high) * (mu * mu)))
@@ -453,7 +453,7 @@ def scalar_rows(m, tree, q, v, wrap_prm):
         return groups
 
     def limit(value, J, bounds, margin, solref, solimp, weight, only_upper=False):
-        """One row for the nearer of the two sides: they cannot both be violated."""
+        """One row for the nearer of the two bounds: they cannot both be violated."""
         lower, upper = value - float(bounds[0]), float(bounds[1]) - value
         side = -1.0 if only_upper else where(lower < upper, 1.0, -1.0)
         position = (upper if only_upper else minimum(lower, upper)) - margin
@@ -477,7 +477,7 @@ def scalar_rows(m, tree, q, v, wrap_prm):
 
 # ---- Contacts ----------------------------------------------------------------------------------------------
 def contact_pairs(m):
-    """Geom pairs that MuJoCo's filters let collide, less those that no joint positions can bring together."""
+    """Geom pairs that pass MuJoCo's collision filters, less those that touch at no joint positions."""
     if disabled(m, "CONTACT") or disabled(m, "CONSTRAINT"):
         return []
     data = mujoco.MjData(m)
@@ -506,10 +506,11 @@ def contact_pairs(m):
 
 
 def reach_disc(m, data, g):
-    """(centre (3,), radius): geom `g`, projected on the x-z plane, stays inside at any joint positions.
+    """(centre (3,), radius) of a disc that contains geom `g`, projected on the x-z plane, at all joint positions.
 
-    Going up the tree, a hinge along y turns the disc about its anchor: a disc around the anchor that holds it
-    is invariant. Along or about anything else the geom may go anywhere (limits are soft). `data` is at qpos0.
+    Up the tree, a hinge along y rotates the disc about the hinge's anchor, so a disc around the anchor that
+    contains it is invariant. With any other joint the radius is infinite, since limits are soft. `data` is at
+    qpos0.
     """
     centre, size = data.geom_xpos[g], m.geom_size[g]
     if m.geom_type[g] in (SPHERE, CAPSULE, int(GEOM.mjGEOM_CYLINDER)):
@@ -535,9 +536,9 @@ def joints_above(m, body):
 def contact_geometry(m, tree, g1, g2):
     """[(distance, normal from geom 1 to 2 (3,), midpoint (3,))]: one entry, two for a plane and a capsule.
 
-    Two capsules differ from C's where they penetrate to their very axes (the segments cross), which has no direction
-    in the plane: C's normal is then y (it rubs along x and z, and does not push), here it is any, from rounding, or x.
-    And where they are parallel C may make two contacts, here it is one.
+    Two capsules differ from C in two cases. If their axes cross, no direction in the plane is the normal: C uses y,
+    which gives friction along x and z and no normal force in the plane; here the normal comes from rounding errors,
+    or is x. If their axes are parallel, C may make two contacts; here there is one.
     """
     def pose(g):
         b = m.geom_bodyid[g]
@@ -573,10 +574,10 @@ def contact_geometry(m, tree, g1, g2):
 
 
 def merge_copies(m, pairs, touch):
-    """{pair: copies of each of its contacts}: a contact may stand for equal ones, which then have no copies.
+    """{pair: number of copies of each of its contacts}. A contact counts its equals, which then have 0 copies.
 
-    Where bodies only translate, several capsule ends over a plane are at the same height whatever happens (of
-    ball_in_cup's ten such contacts three are left). They are found by running `contact_geometry` on numbers.
+    If bodies only translate, several capsule ends over a plane always have the same height: of the ten contacts of
+    this kind in ball_in_cup three remain. They are found by running `contact_geometry` on numbers.
     """
     copies, first = {pair: [1, 1] for pair in pairs}, {}
     if (m.jnt_type == HINGE).any() or len(touch):
@@ -652,7 +653,7 @@ def relative_twist(tree, b1, b2, origin):
 
 
 def ray_hits_site(m, tree, site, start, direction):
-    """Does the ray meet the sphere or ellipsoid of `site`? (a t^2 + 2 b t + c = 0 has a root t >= 0.)"""
+    """Whether the ray intersects the sphere or ellipsoid of `site`: a t^2 + 2 b t + c = 0 has a root t >= 0."""
     frame = tree.mat[m.site_bodyid[site]] @ rotation(m.site_quat[site])
     sphere = m.site_type[site] == SPHERE
     inverse = const(1.0 / m.site_size[site][[0, 0, 0] if sphere else [0, 1, 2]])
@@ -663,7 +664,7 @@ def ray_hits_site(m, tree, site, start, direction):
 
 # ---- Solver ------------------------------------------------------------------------------------------------
 def islands(M, groups):
-    """Split the dofs into sets that neither the mass matrix nor a group couples: [(dofs, groups)]."""
+    """Sets of dofs that neither the mass matrix nor a group couples: [(dofs, groups)]."""
     label = list(range(len(M)))
     touched = [sorted(set().union(*g.T)) for g in groups]
     links = [(i, j) for i in label for j in range(i) if not known(M[i, j], 0)]
@@ -703,7 +704,8 @@ def constrain(M, a0, groups, dtype):
 def newton(M, dofs, a0, groups, dtype):
     """Primal Newton from the unconstrained acceleration, with a line search where plain steps may cycle.
 
-    On a CPU the turns end when the Newton step, before the line search, is as small as rounding in every lane.
+    On a CPU the iteration ends when the Newton step, before the line search, is within rounding errors in every
+    environment of the batch.
     """
     start = np.array([a0[d] for d in dofs], object)
     members = [r for g in groups for r in g.members]
@@ -711,7 +713,7 @@ def newton(M, dofs, a0, groups, dtype):
     iterations, evaluations = (5, 0) if smooth and len(dofs) <= 4 else (7, 3)  # enough: tests/test_physics.py
 
     def iterate(values):
-        """(accelerations after a turn, the whole Newton step that it began with)."""
+        """(accelerations after an iteration, its Newton step before the line search)."""
         a = np.array([Traced(x) for x in values], object)
         full = dict(zip(dofs, a))
         g, H = M @ (a - start), M.copy()
@@ -749,16 +751,16 @@ def newton(M, dofs, a0, groups, dtype):
             size, change = (reduce(jnp.maximum, map(jnp.abs, x)) for x in (new, whole))
             return state[0] + 1, new, change > jnp.finfo(dtype).eps ** 0.75 * size
 
-        # the cost is quadratic piece by piece: after a step within one piece, the next is as small as rounding
+        # the cost is piecewise quadratic: after a step within one piece, the next is within rounding errors
         values = lax.while_loop(lambda state: (state[0] < iterations) & state[2], turn, (0, values, True))[1]
-    else:  # a turn is then one kernel, without copies and counters; barriers, as XLA takes minutes to fuse turns
+    else:  # unrolled, an iteration is one kernel; without barriers XLA takes minutes to fuse the iterations
         for _ in range(iterations):
             values = lax.optimization_barrier(iterate(values)[0])
     return [Traced(c) for c in values]
 
 
 def line_search(M, offset, d, members, xs, dxs, slope0, evaluations, dtype):
-    """A step length with a small derivative of the cost: 1 if that will do, else bracketed Newton steps."""
+    """A step length at which the cost has a small derivative: 1 if it has, else by bracketed Newton steps."""
     linear, quadratic = dot(d, M @ offset), dot(d, M @ d)
 
     def slope(alpha):
@@ -771,7 +773,7 @@ def line_search(M, offset, d, members, xs, dxs, slope0, evaluations, dtype):
 
     alpha, lo, hi, slope_lo, slope_hi = (Traced(jnp.asarray(unwrap(x, dtype), dtype))
                                          for x in (1.0, 0.0, 1.0, slope0, 0.0))
-    for _ in range(evaluations):  # unrolled: a GPU fuses the turns into a kernel or two
+    for _ in range(evaluations):  # unrolled: a GPU fuses the iterations into one or two kernels
         s, curvature = slope(alpha)
         low = s <= -1e-4 * slope0
         lo, slope_lo = where(low, alpha, lo), where(low, s, slope_lo)
@@ -779,7 +781,7 @@ def line_search(M, offset, d, members, xs, dxs, slope0, evaluations, dtype):
         newton_step = alpha - s / curvature
         secant = lo - (hi - lo) * slope_lo / maximum(slope_hi - slope_lo, 1e-30)
         inside = (newton_step > lo) & (newton_step < hi)
-        alpha = where(lo < 1.0, where(inside, newton_step, secant), 1.0)  # lo = 1: the full step will do
+        alpha = where(lo < 1.0, where(inside, newton_step, secant), 1.0)  # lo = 1: take the full step
     return alpha
 
 
@@ -788,21 +790,21 @@ def make_step(model, substeps=1, backend="fused"):
     """Compile `model` into one control step.
 
     Args:
-      model: compiled `mujoco.MjModel`; its constants are read now, later changes to it are not seen.
+      model: compiled `mujoco.MjModel`. Its constants are read at once: later changes to it have no effect.
       substeps: physics steps of `model.opt.timestep` seconds in a control step.
       backend: "fused" (this file) or "mjx" (MuJoCo's JAX port: slower, covers more models).
 
     Returns:
       step(qpos (nq,), qvel (nv,), ctrl (nu,), wrap_prm=None) -> (qpos (nq,), qvel (nv,), touch (ntouch,)), in
       the dtype of `qpos` (float32, or float64 under x64), jitted and unbatched: use `jax.vmap`. `ctrl` is
-      clipped to its range as MuJoCo does. `touch` are the normal forces (newtons) of the touch sensors in
-      model order, as dm_control shows them after `Physics.step`: those of the last substep, before it is
-      integrated. `wrap_prm` (nwrap,) replaces `model.wrap_prm` (coefficients of fixed tendons; with "mjx"
-      only what motors at these tendons do changes).
-      `jax.jvp` differentiates it; `jax.grad`, on a CPU, not where Newton's method solves the constraints.
+      clipped to its range as in MuJoCo. `touch` holds the normal forces (newtons) of the touch sensors in
+      model order, as in dm_control after `Physics.step`: those of the last substep, before its integration.
+      `wrap_prm` (nwrap,) replaces `model.wrap_prm`, the coefficients of fixed tendons; with "mjx" it changes
+      the motors at these tendons only.
+      `jax.jvp` differentiates the step. `jax.grad` does not, on a CPU, if Newton's method solves constraints.
 
     Raises:
-      NotImplementedError: names the feature and the element that the fused step lacks.
+      NotImplementedError: the model has a feature that the fused step lacks; feature and element are named.
       ValueError: unknown backend.
     """
     if backend == "mjx":
@@ -909,7 +911,7 @@ def make_kinematics(model):
       model: compiled `mujoco.MjModel`.
 
     Returns:
-      kinematics(qpos (nq,)) -> `Kinematics`, in the dtype of `qpos`; outputs that are not used cost nothing.
+      kinematics(qpos (nq,)) -> `Kinematics`, in the dtype of `qpos`. XLA removes unused outputs.
 
     Raises:
       NotImplementedError: ball or free joints.
@@ -935,7 +937,7 @@ def make_kinematics(model):
 
 
 def make_com_velocity(model):
-    """Velocity of the centre of mass of everything in `model`.
+    """Velocity of the centre of mass of all bodies of `model`.
 
     Args:
       model: compiled `mujoco.MjModel`.
@@ -963,7 +965,7 @@ def make_com_velocity(model):
 
 
 def make_min_distance(model):
-    """Whether anything touches, and how deep.
+    """Smallest distance between geoms that can collide.
 
     Args:
       model: compiled `mujoco.MjModel`.
@@ -991,7 +993,7 @@ def make_min_distance(model):
     return min_distance
 
 
-# ---- MJX backend: MuJoCo's own JAX port, behind the same interface -----------------------------------------
+# ---- MJX backend: MuJoCo's JAX port with the same interface ------------------------------------------------
 def make_mjx_step(model, substeps):
     """`make_step` on MuJoCo's JAX port, with the same options (less the energy flag, which it refuses)."""
     from mujoco import mjx
@@ -1006,7 +1008,7 @@ def make_mjx_step(model, substeps):
         dtype = qpos.dtype
         d = jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, blank)
         d = d.replace(qpos=qpos, qvel=qvel.astype(dtype), ctrl=ctrl.astype(dtype))
-        if wrap_prm is not None:  # MJX wants it known when tracing: turn the motors' forces into applied ones
+        if wrap_prm is not None:  # MJX needs constants here, so the motors' forces are applied as qfrc_applied
             tau = actuation(model, scalars(ctrl, dtype), scalars(wrap_prm, dtype))
             tau = jnp.stack([jnp.asarray(unwrap(x, dtype), dtype) for x in tau])
             d = d.replace(ctrl=jnp.zeros_like(d.ctrl), qfrc_applied=tau)
@@ -1031,7 +1033,7 @@ def check_joints(m):
 
 
 def check(m):
-    """Raise NotImplementedError for the first thing in `m` that the fused step would get wrong."""
+    """Raises NotImplementedError for the first feature of `m` that the fused step does not implement."""
     check_joints(m)
     opt, bits = m.opt, mujoco.mjtDisableBit
     if opt.density or opt.viscosity or opt.wind.any():
@@ -1090,7 +1092,7 @@ def check(m):
 
 
 def check_contacts(m, pairs):
-    """Contacts must lie in the x-z plane, between planes, spheres and capsules, with sliding friction."""
+    """Raises NotImplementedError unless contacts are planar (x-z), of planes, spheres and capsules, with friction."""
     d = mujoco.MjData(m)
     mujoco.mj_kinematics(m, d)
     for g in dict.fromkeys(g for pair in pairs for g in pair):

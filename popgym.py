@@ -1,12 +1,12 @@
-"""Five POPGym tasks, each Easy, Medium and Hard, as gymnax 1.x environments: what memory alone can solve.
+"""Five POPGym tasks, each Easy, Medium and Hard, as gymnax 1.x environments. They require memory.
 
     env = TASKS["StatelessCartPoleHard"]()           # or envs.make("popgym:StatelessCartPoleHard")
     obs, state = env.reset(key)
     obs, state, reward, terminated, truncated, info = env.step(key, state, action)
 
-After Morad et al., "POPGym: Benchmarking Partially Observable Reinforcement Learning" (arXiv 2303.01859). The
-numbers are those of its package, release 1.0.7, in the files that the classes name. (It now calls the first
-four PositionOnly...; here they keep the paper's names.) Rewards are scaled so that a perfect episode sums to 1.
+After Morad et al., "POPGym: Benchmarking Partially Observable Reinforcement Learning" (arXiv 2303.01859). All
+constants are from its package, release 1.0.7, in the files that the classes name. The package now calls the first
+four tasks PositionOnly...; here they keep the paper's names. Rewards are scaled so that a perfect episode sums to 1.
 This file needs jax and gymnax only.
 """
 from functools import partial
@@ -29,9 +29,9 @@ class PendulumParams(pendulum.EnvParams):
 
 
 class PositionOnly:
-    """What hiding the velocities changes in gymnax's CartPole and Pendulum: their observation and their reward.
+    """Replaces the observation and the reward of gymnax's CartPole and Pendulum: velocities are hidden.
 
-    `noise` is added to every observation, the first one too, which is then clipped to its space.
+    `noise` is added to every observation, including the first. The sum is clipped to the observation space.
     """
 
     def __init__(self, max_steps_in_episode=200, noise=0.0):
@@ -66,11 +66,11 @@ class PositionOnly:
 
 
 class StatelessCartPole(PositionOnly, cartpole.CartPole):
-    """CartPole-v1 seen as cart position and pole angle, (2,) float32; actions 0 and 1 push left and right.
+    """CartPole-v1 whose observation is cart position and pole angle, (2,) float32. Actions: 0 left, 1 right.
 
-    Every step, also the one in which the pole falls, is worth 1/max_steps_in_episode: an episode sums to the
-    fraction of its time that the pole stood. It ends by termination (beyond 2.4 metres or 12 degrees) or
-    truncation. Source: popgym/envs/position_only_cartpole.py (lengths 200, 400, 600) and
+    Every step, including that in which the pole falls, earns 1/max_steps_in_episode, so the return is the fraction
+    of the episode's time limit for which the pole stood. An episode is terminated beyond 2.4 metres or 12 degrees,
+    and truncated at its time limit. Source: popgym/envs/position_only_cartpole.py (lengths 200, 400, 600) and
     noisy_position_only_cartpole.py (length 200, noise 0.1, 0.2, 0.3, clipped to twice those bounds).
     """
 
@@ -87,10 +87,10 @@ class StatelessCartPole(PositionOnly, cartpole.CartPole):
 
 
 class StatelessPendulum(PositionOnly, pendulum.Pendulum):
-    """Pendulum-v1 seen as cosine and sine of its angle, (2,) float32; the action (1,) is a torque in [-2, 2].
+    """Pendulum-v1 whose observation is cosine and sine of the angle, (2,) float32. Action (1,): torque in [-2, 2].
 
     The cost of a step, between 0 and pi^2 + 0.1 8^2 + 0.001 2^2 = 16.2736044, is mapped to 1 ... -1 and divided
-    by the length: an episode upright and at rest sums to 1. It ends by truncation. Source:
+    by the episode's length: an episode upright and at rest has the return 1. Episodes are truncated. Source:
     popgym/envs/position_only_pendulum.py (lengths 200, 150, 100) and noisy_position_only_pendulum.py (length
     200, noise 0.1, 0.2, 0.3, clipped to [-1, 1]).
     """
@@ -110,16 +110,16 @@ class StatelessPendulum(PositionOnly, pendulum.Pendulum):
 @struct.dataclass
 class CardsState:
     left: jax.Array  # (4,) int32, cards of each suit that are still in the deck
-    last: jax.Array  # (k,) int32, suits of the last k cards, oldest first; 0 before there were so many
+    last: jax.Array  # (k,) int32, suits of the last k cards, oldest first; 0 for cards not dealt yet
     time: jax.Array  # () int32, steps since the episode's start
 
 
 class RepeatPrevious(environment.Environment):
-    """A shuffled deck is dealt card by card; repeat the suit seen k - 1 cards before the one that is shown.
+    """A shuffled deck is dealt card by card. The right action is the suit of the card k - 1 cards ago.
 
-    Observation and action are suits, 0 to 3. As soon as k cards have been seen, an answer is worth
-    +-1/(cards - k), so that an episode sums to 1 (all right) ... -1 (all wrong), -0.5 for guessing. It terminates
-    when the last card is dealt, after cards - 1 steps. Source: popgym/envs/repeat_previous.py and core/deck.py
+    Observation and action are suits, 0 to 3. From the k-th card on, an answer earns +-1/(cards - k): the return is 1
+    if all answers are right, -1 if all are wrong, -0.5 on average for guessing. An episode terminates when the last
+    card is dealt, after cards - 1 steps. Source: popgym/envs/repeat_previous.py and core/deck.py
     (52 cards a deck; 1, 2, 3 decks with k = 4, 32, 64).
     """
 
@@ -136,7 +136,7 @@ class RepeatPrevious(environment.Environment):
         return "popgym:RepeatPrevious"
 
     def deal(self, key, left, last):
-        """A card, each one left as likely, as from a shuffled deck: its suit, and the new `left` and `last`."""
+        """Suit of a card drawn uniformly from those left in the deck, and the new `left` and `last`."""
         number = jax.random.randint(key, (), 0, left.sum())
         suit = (number >= jnp.cumsum(left)).sum()
         return suit, left.at[suit].add(-1), jnp.append(last[1:], suit)

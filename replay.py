@@ -1,9 +1,10 @@
-"""A recorded trial as one HTML file that plays in any browser, with neither server nor network.
+"""A recorded trial as one HTML file that plays in any browser without a network, or as a GIF.
 
-    write(data, path)     # data as from evaluate.record_trial; the page itself is replay.html, beside this file
+    write_html(data, path)     # data of evaluate.record_trial; replay.html is the template
+    write_gif(data, path)
 
-Every DMControl task here moves in a plane, so that its model's capsules, spheres and boxes can be drawn on a
-canvas. Nothing is simulated again: poses come from the recorded joint positions.
+Every DMControl task here moves in a plane, so that the capsules, spheres and boxes of its model can be
+drawn on a canvas. Nothing is simulated again: poses are computed from the recorded joint positions.
 """
 
 import json
@@ -19,7 +20,7 @@ TEMPLATE = Path(__file__).resolve().parent / "replay.html"
 
 
 class Scene(NamedTuple):
-    """What a task's model leaves out. Lengths in metres, in the plane (axes) that the task moves in."""
+    """What a task's model does not contain. Lengths are in metres, in the plane of the task."""
 
     axes: tuple  # which world axes point right and up
     view: tuple  # left, right, bottom, top
@@ -142,28 +143,125 @@ def string(model, scene):
 
 
 def rounded(x, digits=4):
-    """Nested lists of numbers with few digits: that is what the file's size is made of."""
+    """Nested lists of rounded numbers: the digits make up the size of the file."""
     return np.round(np.asarray(x, np.float64), digits).tolist()
 
 
-def write(data, path):
-    """Write the page for `data` (as from evaluate.record_trial) to `path`, its states as poses in the task's plane."""
-    task, domain = data["task"], data["task"].split("-")[0]
-    scene, model = SCENES.get(task, SCENES.get(domain)), mujoco.MjModel.from_xml_string(dmc.TASKS[data["task"]].model)
-    sides = [side | {
-        "pose": rounded(poses(model, side["qpos"], scene.axes).reshape(len(side["qpos"]), -1)), "qpos": None,
-        "reward": rounded(side["reward"]), "sees": rounded(side["sees"], 3), "acts": rounded(side["acts"], 3),
-        "control": rounded(side["control"], 3),
-        "target": None if side["target"] is None else rounded(side["target"] + TARGETS[task][0])}
-        for side in data["sides"]]
-    page = data | {
+def page(data):
+    """What replay.html draws, a dictionary for JSON, from `data` of evaluate.record_trial."""
+    task = data["task"]
+    scene = SCENES.get(task, SCENES.get(task.split("-")[0]))
+    model = mujoco.MjModel.from_xml_string(dmc.TASKS[task].model)
+
+    def side(recorded):
+        target, qpos = recorded["target"], recorded["qpos"]
+        return recorded | {
+            "pose": rounded(poses(model, qpos, scene.axes).reshape(len(qpos), -1)), "qpos": None,
+            "target": None if target is None else rounded(target + TARGETS[task][0]),
+            "reward": rounded(recorded["reward"]), "observed": rounded(recorded["observed"], 3),
+            "action": rounded(recorded["action"], 3), "control": rounded(recorded["control"], 3)}
+
+    return data | {
         "seconds": model.opt.timestep * dmc.TASKS[task].substeps * data["action_repeat"],
         "axes": ["xyz"[a] for a in scene.axes], "view": scene.view, "follow": scene.follow,
         "bodies": shapes(model, scene), "string": string(model, scene),
         "target_radius": TARGETS[task][1] if task in TARGETS else 0,
         "ctrl_names": [model.actuator(i).name for i in range(model.nu)],
         "obs_names": scene.obs[:dmc.TASKS[task].obs_dim], "obs_matrix": rounded(data["obs_matrix"], 3),
-        "act_matrix": rounded(data["act_matrix"], 3), "sides": sides}
-    text = json.dumps(page, separators=(",", ":"), allow_nan=False)
-    text = text.replace("<", "\\u003c")  # in JSON "<" is only found in strings; no tag or comment may begin in a script
+        "act_matrix": rounded(data["act_matrix"], 3), "sides": [side(x) for x in data["sides"]]}
+
+
+def write_html(data, path):
+    """Writes the page for `data` of evaluate.record_trial to `path`."""
+    text = json.dumps(page(data), separators=(",", ":"), allow_nan=False)
+    text = text.replace("<", "\\u003c")  # only strings hold "<"; none may open a tag or comment in a script
     path.write_text(TEMPLATE.read_text().replace("/*REPLAY*/null", text))
+
+
+# ---- GIF -----------------------------------------------------------------------------------------
+COLOURS = {"self": "#7fa8c9", "effector": "#e69f00", "joint": "#9aa5b1", "frame": "#c6ccd4",
+           "tip": "#cc79a7", "target": "#a6dcca"}  # as in replay.html
+
+
+def write_gif(data, path, max_bytes=1_500_000):
+    """Writes the first side of `data` as a GIF of at most `max_bytes`, in real time or faster.
+
+    A frame shows the bodies, time, reward and return so far, and what the agent observes. Where the
+    file would be too large, it has fewer frames a second.
+    """
+    drawn = page(data)
+    every = max(1, round(0.08 / drawn["seconds"]))
+    while True:
+        steps = range(0, len(drawn["sides"][0]["reward"]), every)
+        images = [image.quantize(32, dither=0) for image in frames(drawn, steps)]
+        images[0].save(path, save_all=True, append_images=images[1:], loop=0, optimize=True,
+                       duration=max(20, round(1000 * every * drawn["seconds"] / 10) * 10))
+        if path.stat().st_size <= max_bytes:
+            return
+        every *= 2
+
+
+def frames(drawn, steps):
+    """PIL images of the first side of a page at `steps`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    side, total = drawn["sides"][0], np.cumsum(drawn["sides"][0]["reward"])
+    observed = np.array(side["observed"])
+    figure = Figure(figsize=(4.8, 3.6), dpi=80, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    world, bars = figure.subplots(2, 1, height_ratios=(3, 1))
+    title = figure.suptitle("", fontsize=9, family="monospace")
+    bars.set(xlim=(-0.6, observed.shape[1] - 0.4), ylim=np.array([-1.05, 1.05]) * np.abs(observed).max(),
+             xticks=[], yticks=[])
+    bars.set_xlabel("what the agent observes: the state through a random projection"
+                    if drawn["family"] not in ("none", "identity") else "what the agent observes", fontsize=8)
+    heights = bars.bar(range(observed.shape[1]), observed[0], color="#0072b2")
+    bars.axhline(0, color="#aab4bf", lw=0.8)
+    for t in steps:
+        world.clear()
+        draw_world(world, drawn, side, t)
+        for bar, value in zip(heights, observed[t]):
+            bar.set_height(value)
+        title.set_text(f"{drawn['task']}  {t * drawn['seconds']:5.2f} s  reward {side['reward'][t]:4.2f}  "
+                       f"return {total[t]:5.1f}")
+        canvas.draw()
+        yield Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+
+
+def draw_world(axis, drawn, side, t):
+    """Draws the bodies at step t into a matplotlib axis, as replay.html does."""
+    from matplotlib.patches import Circle, Polygon
+
+    west, east, bottom, top = drawn["view"]
+    pose = [(0.0, 0.0, 0.0), *np.reshape(side["pose"][t], (-1, 3))]
+    ahead = pose[1][0] if drawn["follow"] else 0.0
+    axis.set(xlim=(west + ahead, east + ahead), ylim=(bottom, top), aspect="equal", xticks=[], yticks=[])
+
+    def place(body, points):
+        x, y, angle = pose[body]
+        turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+        return np.reshape(points, (-1, 2)) @ turn + (x, y)
+
+    def draw(body, shape):
+        colour = COLOURS[shape["colour"]]
+        if shape["kind"] == "circle":
+            axis.add_patch(Circle(place(body, shape["c"])[0], shape["r"], color=colour, lw=0))
+        elif shape["kind"] == "box":
+            corners = np.array(shape["c"]) + np.array(shape["half"]) * [(1, 1), (1, -1), (-1, -1), (-1, 1)]
+            axis.add_patch(Polygon(place(body, corners), color=colour, lw=0))
+        else:
+            a, b = place(body, [shape["a"], shape["b"]])
+            across = np.array([a[1] - b[1], b[0] - a[0]]) / (np.hypot(*(b - a)) or 1.0) * shape["r"]
+            axis.add_patch(Polygon([a + across, b + across, b - across, a - across], color=colour, lw=0.5))
+            for end in (a, b):
+                axis.add_patch(Circle(end, shape["r"], color=colour, lw=0))
+
+    if side["target"] is not None:
+        axis.add_patch(Circle(side["target"][t], drawn["target_radius"], color=COLOURS["target"], lw=0))
+    every = [(b, shape) for b, body in enumerate(drawn["bodies"]) for shape in body["shapes"]]
+    for b, shape in sorted(every, key=lambda x: x[1]["colour"] != "target"):  # targets lie behind
+        draw(b, shape)
+    if drawn["string"]:
+        axis.plot(*np.concatenate([place(b, point) for b, point in drawn["string"]]).T, color="#1d2733", lw=1)

@@ -1,21 +1,26 @@
-"""The resettable S5 layer: a diagonal state space model whose memory can be cleared inside a parallel scan.
+"""The resettable S5 layer: a diagonal state space model whose hidden state can be reset inside a parallel scan.
 
     from s5 import S5
     net = S5(features=128, state_size=128, layers=2)
-    state = net.zero_state((batch,))
-    params = net.init(key, state, x, reset)                     # x (T, batch, 128), reset (T, batch) bool
-    state, y = net.apply(params, state, x, reset)               # a whole sequence, y (T, batch, 128)
+    params = net.init(key, None, x)                             # x (T, batch, 128) float32
+    state, y = net.apply(params, None, x, reset)                # a sequence, reset (T, batch) bool, y as x
     discrete = net.apply(params, method="discretise")           # once per rollout
     state, y = net.apply(params, discrete, state, x[0], reset[0], method="step")        # one acting step
 
-Per layer, with P states of which one of each conjugate pair is stored (P/2 complex numbers) and H features:
+Each layer has P states, of which one of each conjugate pair is stored (P/2 complex numbers), and H features:
 
-    dx/dt = L x + B u,    y = 2 Re(C x) + D * u,    L diagonal and Re(L) < 0 whatever the parameters are
+    dx/dt = L x + B u,    y = 2 Re(C x) + D * u,    L diagonal, with Re(L) < 0 for all parameters
     x_t = Lbar x_{t-1} + Bbar u_t,    Lbar = exp(L dt),    Bbar = (Lbar - 1) / L * B      (zero-order hold)
 
-A reset at t replaces x_{t-1} by the initial state before u_t is taken in. Sources: Smith et al., "Simplified
-State Space Layers for Sequence Modeling" (arXiv 2208.04933) for S5; Lu et al., "Structured State Space Models
-for In-Context Reinforcement Learning" (arXiv 2303.03982) for the resets.
+A reset at t replaces x_{t-1} by the initial state before u_t enters. Sources: Smith et al., "Simplified State
+Space Layers for Sequence Modeling" (arXiv 2208.04933) for S5; Lu et al., "Structured State Space Models for
+In-Context Reinforcement Learning" (arXiv 2303.03982) for resets. The implementation of Lu et al. has a second
+LayerNorm, after the SSM, by default (do_gtrxl_norm=True); without it the outputs are equal up to rounding.
+
+The authors of S5 train decay, frequency, log_dt, B and the LayerNorm with a learning rate of their own, often
+lower, and without weight decay (optax.multi_transform). train_s5.py uses one rate and no weight decay.
+
+Licence: Apache-2.0. Origin: the project in-context-rl, file s5.py; please keep this line in copies.
 """
 from functools import lru_cache, partial
 from typing import Any
@@ -31,12 +36,12 @@ DECAY_FLOOR = 1e-4   # Re(L) <= -DECAY_FLOOR; softplus alone underflows to 0, wh
 MAX_LOG_DT = 10.0    # a step of 22,000 forgets everything; exp(log_dt) must not overflow
 
 
-# ---- The recurrence ----------------------------------------------------------------------------------------
-
+# ---- The recurrence ------------------------------------------------------------------------------
 def reset_operator(left, right):
     """Combine two neighbouring stretches of x_t = a_t * (0 if c_t else x_{t-1}) + b_t (Lu et al., section 4).
 
-    An element (a, b, c) stands for the map x -> a x + b if c = 0 and x -> b if c = 1. a and b are arrays
+    This is the reference form, for tests and for reading. The layers use `linear_recurrence`, which is equal and
+    cheaper. An element (a, b, c) stands for the map x -> a x + b if c = 0 and x -> b if c = 1. a and b are arrays
     (..., P), real or complex; c (bool or 0/1, broadcastable to them) says that the stretch holds a reset.
 
         e_i (+) e_j = (a_j a_i, a_j b_i + b_j, c_i)  if c_j = 0,      e_j  if c_j = 1        (i before j)
@@ -56,12 +61,12 @@ def reset_operator(left, right):
 def linear_recurrence(a, b, x0, reset, scan="auto", unroll=1):
     """x_t = a_t * (0 if reset_t else x_{t-1}) + b_t for t = 0 ... T-1, with x_{-1} = x0.
 
-    a      (P,), the same at every step, or (T, ..., P); b (T, ..., P); x0 (..., P): real or complex floats
-    reset  (T, ...) bool
-    scan   "parallel" (logarithmic depth), "sequential", or "auto": sequential on a CPU, else parallel
-    unroll steps per turn of the sequential loop, at least 1; 1 is best on a CPU
     Returns x (T, ..., P) in the common dtype of a, b and x0. Differentiable in reverse mode only.
-    Raises ValueError for any other scan, unroll < 1 and shapes that do not fit.
+    a       (P,), the same at every step, or (T, ..., P); b (T, ..., P); x0 (..., P): real or complex floats
+    reset   (T, ...) bool
+    scan    "parallel" (logarithmic depth), "sequential", or "auto": sequential on a CPU, else parallel
+    unroll  steps per iteration of the sequential loop, at least 1; 1 is best on a CPU
+    Raises ValueError for another scan, unroll < 1 and shapes that do not fit.
     """
     if scan not in SCANS or unroll < 1:
         raise ValueError(f"scan must be one of {SCANS} and unroll at least 1, got {scan!r} and {unroll!r}")
@@ -73,7 +78,7 @@ def linear_recurrence(a, b, x0, reset, scan="auto", unroll=1):
 
 
 def _scan(parallel, unroll, a, b, x0, keep, reverse=False):
-    """The recurrence proper. A reset is a_t = 0: the states that `reset_operator` gives, for less."""
+    """The recurrence itself. Equal to a scan with `reset_operator`, but cheaper: a reset is a_t = 0."""
     if parallel:
         a, first = jnp.where(keep, a, 0), -1 if reverse else 0
         b = b.at[first].add(a[first] * x0)
@@ -97,7 +102,7 @@ def _recurrence_fwd(parallel, unroll, a, b, x0, keep):
 
 
 def _recurrence_bwd(parallel, unroll, saved, dx):
-    """The adjoint is one reversed recurrence, g_t = dx_t + a_{t+1} keep_{t+1} g_{t+1}: only x need be stored.
+    """The adjoint is one reversed recurrence, g_t = dx_t + a_{t+1} keep_{t+1} g_{t+1}. Only x is stored.
 
     Then db = g and da_t = keep_t x_{t-1} g_t. No conjugates: jax's complex cotangents multiply plainly.
     """
@@ -114,8 +119,7 @@ def _recurrence_bwd(parallel, unroll, saved, dx):
 _recurrence.defvjp(_recurrence_fwd, _recurrence_bwd)
 
 
-# ---- Parameters and discretisation -------------------------------------------------------------------------
-
+# ---- Parameters and discretisation ---------------------------------------------------------------
 @lru_cache
 def hippo(state_size, blocks=1):
     """Eigenvalues (P/2,) and eigenvectors (P, P/2) of the normal part of HiPPO-LegS, numpy complex128.
@@ -162,8 +166,7 @@ def _halves(x):
     return lax.complex(*jnp.split(x, 2, axis=-1))
 
 
-# ---- The layers --------------------------------------------------------------------------------------------
-
+# ---- The layers ----------------------------------------------------------------------------------
 class S5Layer(nn.Module):
     """LayerNorm -> SSM -> GELU -> gated linear unit -> residual. Fields, arguments and shapes as in `S5`."""
     features: int
@@ -185,7 +188,7 @@ class S5Layer(nn.Module):
         self.frequency = self.param("frequency", lambda key: jnp.asarray(lam.imag, jnp.float32))
         self.log_dt = self.param("log_dt", lambda key: jax.random.uniform(
             key, (P // 2,), jnp.float32, np.log(self.dt_min), np.log(self.dt_max)))
-        # B and C are real LeCun-normal in the basis of HiPPO, here changed to its eigenbasis and kept as the
+        # B and C are real LeCun-normal in the basis of HiPPO, here changed to its eigenbasis and stored as the
         # real products that use them: u (H) -> [Re|Im] B u (P), and [Re|Im] x (P) -> 2 Re(C x) (H).
         self.B = self.param("B", lambda key: normal(key, (H, P)) @ (basis * np.float32(H ** -0.5)))
         self.C = self.param("C", lambda key: (basis * np.float32(2 * P ** -0.5)).T @ normal(key, (P, H)))
@@ -237,17 +240,18 @@ class S5Layer(nn.Module):
 
 
 class S5(nn.Module):
-    """`layers` resettable S5 blocks of width H. The caller embeds its inputs to that width.
+    """`layers` resettable S5 blocks of width H. The caller embeds inputs to that width.
 
     features        H
     state_size      P, even: P/2 complex numbers are stored per layer
     layers          number of blocks
     blocks          diagonal blocks of the HiPPO matrix; 2 * blocks divides P
-    initial         the state after a reset: "zero"; "learned" (a parameter, zero at first); "random" (a fixed
-                    normal draw: it sits among the parameters with zero gradient, so no weight decay on it)
+    initial         the state after a reset: "zero"; "learned" (a parameter, zero at first); "random" (a normal
+                    draw, stored as a parameter with zero gradient: exclude it from weight decay)
     scan            see `linear_recurrence`
     dt_min, dt_max  initial step sizes are log-uniform in between
-    dtype           of the matrix products, e.g. jnp.bfloat16; the rest stays float32 and complex64
+    dtype           of the matrix products, such as jnp.bfloat16. All else is float32 and complex64, whatever
+                    the dtypes of the arguments, and also where jax_enable_x64 is set
     Raises ValueError for sizes that do not divide, unknown names, and dt_min, dt_max out of order.
     """
     features: int
@@ -270,29 +274,46 @@ class S5(nn.Module):
 
     @nn.nowrap
     def zero_state(self, batch_shape):
-        """A complex64 zero array (*batch_shape, P/2) per layer. Set the first reset to begin at `initial`."""
+        """A complex64 zero array (*batch_shape, P/2) per layer. With it, set the first reset to begin at `initial`."""
         shape = (*batch_shape, self.state_size // 2)
         return tuple(jnp.zeros(shape, jnp.complex64) for _ in range(self.layers))   # donatable: not shared
 
-    def __call__(self, state, x, reset, dt=None):
-        """state as from `zero_state`, x (T, ..., H), reset (T, ...) bool -> state, y (T, ..., H) float32.
+    def __call__(self, state, x, reset=None, dt=None):
+        """A sequence -> (state after it, y (T, ..., H) float32).
 
-        dt (T, ...) >= 0, optional: multiplies all step sizes at that step; None is 1 everywhere.
+        state  from `zero_state` or a call before; None begins at the initial state
+        x      (T, ..., H) float
+        reset  (T, ...) bool, whether the state is reset before that step; None: never
+        dt     (T, ...) or one number, >= 0: multiplies all step sizes of that step; None: 1
         """
-        new = []
-        for layer, layer_state in zip(self.stack, state, strict=True):
-            layer_state, x = layer(layer_state, x, reset, dt)
-            new.append(layer_state)
-        return tuple(new), x
+        state, x, reset, dt = self._arguments(state, x, reset, dt, x.shape[1:-1])
+        return _through([partial(layer, reset=reset, dt=dt) for layer in self.stack], state, x)
 
     def discretise(self):
-        """Everything a step needs that depends on parameters only, a dict per layer. Once per rollout."""
+        """What `step` needs that depends on the parameters alone, a dict per layer. Once per rollout."""
         return tuple(layer.discretise() for layer in self.stack)
 
-    def step(self, discrete, state, x, reset, dt=None):
-        """One acting step, x (..., H), reset and dt (...) -> state, y (..., H): the numbers of `__call__`."""
-        new = []
-        for layer, layer_discrete, layer_state in zip(self.stack, discrete, state, strict=True):
-            layer_state, x = layer.step(layer_discrete, layer_state, x, reset, dt)
-            new.append(layer_state)
-        return tuple(new), x
+    def step(self, discrete, state, x, reset=None, dt=None):
+        """One acting step, x (..., H), reset and dt (...): the same result as `__call__`."""
+        state, x, reset, dt = self._arguments(state, x, reset, dt, x.shape[:-1])
+        layers = zip(self.stack, discrete, strict=True)
+        return _through([partial(layer.step, d, reset=reset, dt=dt) for layer, d in layers], state, x)
+
+    def _arguments(self, state, x, reset, dt, batch_shape):
+        """Arrays of the documented dtypes, also in place of None and of a number."""
+        steps = x.shape[:-1]
+        reset = jnp.zeros(steps, bool) if reset is None else jnp.asarray(reset)
+        if state is None:
+            state, first = self.zero_state(batch_shape), () if steps == batch_shape else 0
+            reset = reset.at[first].set(True)
+        state = tuple(jnp.asarray(s, jnp.complex64) for s in state)
+        dt = None if dt is None else jnp.broadcast_to(jnp.asarray(dt, jnp.float32), steps)
+        return state, jnp.asarray(x, jnp.float32), reset, dt
+
+
+def _through(layers, state, x):
+    new = []
+    for layer, layer_state in zip(layers, state, strict=True):
+        layer_state, x = layer(layer_state, x)
+        new.append(layer_state)
+    return tuple(new), x

@@ -1,46 +1,51 @@
-"""System identification in context: what a random projection cannot hide, as a resettable recurrence.
+"""System identification in context: features that no random projection changes, as a resettable recurrence.
 
     state = sysid.start(o, action_size)                             # o (N, n), the first observation of a trial
     state = sysid.update(state, action, reward, o)                  # action (N, m), reward (N,), o (N, n) after it
     state = sysid.fit(state)                                        # every few steps: solve for the model
     x = sysid.features(state)                                       # (N, num_features(m)) float32
 
-An agent that meets observations o = M s through an unknown random matrix M can trust no single number of o: M is as
-likely as -M. What it can trust are inner products of observation vectors, which a random projection nearly keeps
-(Johnson and Lindenstrauss 1984), and inner products in the metric of an inverse covariance, which every invertible
-projection keeps. So this file fits, by ridge regression over the steps of the trial,
+Under an unknown random matrix M, no single coordinate of an observation o = M s is informative: M is as likely as -M.
+Inner products of observation vectors are: a random projection nearly preserves them (Johnson and Lindenstrauss 1984),
+and every invertible projection preserves inner products in the metric of an inverse covariance. This file fits, by
+ridge regression over the steps of the trial,
 
     o_{t+1} - o_t                       = A o_t + B a_t + c,
     (o_{t+1} - o_t) - (o_t - o_{t-1})   = ... + G_0 a_t + G_1 a_{t-1},      G = G_0 + G_1,
     r_t                                 = rho . o_t + sigma_0 . a_t + sigma_1 . a_{t-1} + tau
 
-and gives the inner products of these vectors of observation space, all pairs, in three metrics: the observation, also
-centred, its last change, the way to the reward-weighted mean observation, the predicted drift A o + c, what each action
-does at once (the columns of B), what that leads to (those of A B), and how each action, held, bends the course (those
-of G, in which velocities cancel). They tell what the agent's own actions do to its own observations, in numbers that
-mean the same in every trial. A diagonal recurrence cannot learn this easily: it has to multiply actions by changes,
-average, and multiply the average by observations again.
+and returns all pairwise inner products, in three metrics, of these vectors of observation space:
 
-All sums are the recurrence of s5.py with matrices for b, x_t = a x_{t-1} + b_t with b_t = key value^T, and are cleared
-with the memory. There is nothing to train. Related: recursive least squares with forgetting; linear attention as
-fast weights (Schlag et al., arXiv 2102.11174); the layer that solves a regression in context (von Oswald et al.,
-arXiv 2309.05858).
+    the observation, the centred observation, its last change
+    the difference from the reward-weighted mean observation
+    the predicted drift A o + c
+    for each action, its immediate effect (a column of B), what that effect leads to (of A B), and the
+    acceleration it causes when held (of G, in which velocities cancel)
+
+These features describe the effects of the agent's actions on its observations, and have the same meaning in every
+trial. A diagonal recurrence does not learn them easily: it must multiply actions by changes, average, and multiply the
+average by observations again.
+
+All sums are the recurrence of s5.py with matrices for b, x_t = a x_{t-1} + b_t with b_t = key value^T, and are reset at
+the same steps as the hidden state. Nothing is trained. Related: recursive least squares with forgetting; linear
+attention as fast weights (Schlag et al., arXiv 2102.11174); the layer that solves a regression in context (von Oswald
+et al., arXiv 2309.05858).
 """
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-FORGETTING = 0.998  # a linear model holds near where the trial is: the last five hundred steps count
-RIDGE = 1e-3        # of the mean square, after many steps; more when there are few
-FIT_EVERY = 4       # steps: to solve costs several times what all the rest does, and the model changes slowly
+FORGETTING = 0.998  # the model is linear, so it holds locally: it averages over about 500 steps
+RIDGE = 1e-3        # relative to the mean square, after many steps; 1/steps is added
+FIT_EVERY = 4       # steps between two fits: a fit costs most of the work, and the model changes slowly
 
 
 class Model(NamedTuple):
-    """What the sums of a trial say, zero before the first fit. Observations and changes are in their units."""
+    """The model fitted to a trial's sums, zero before the first fit. Observations and changes are in their units."""
 
-    unit: jax.Array         # (N, 1) root mean square of an observation's numbers
-    change_unit: jax.Array  # (N, 1) of a change's
+    unit: jax.Array         # (N, 1) root mean square of an observation's coordinates
+    change_unit: jax.Array  # (N, 1) root mean square of a change's coordinates
     mean: jax.Array         # (N, n) observation
     drift: jax.Array        # (N, n + 1, n) A^T, and c
     effects: jax.Array      # (N, 3 m, n) of each action: B^T, (A B)^T, G^T
@@ -49,22 +54,22 @@ class Model(NamedTuple):
 
 
 class State(NamedTuple):
-    """Sums over the steps of N running trials; n observation dimensions, m action dimensions."""
+    """Sums over the steps of N trials; n observation dimensions, m action dimensions."""
 
-    keys: jax.Array     # (N, n + 2 m + 1, n + 2 m + 1) sum of z z^T, z = [o, a, a before it, 1]
+    keys: jax.Array     # (N, n + 2 m + 1, n + 2 m + 1) sum of z z^T, z = [o, action, previous action, 1]
     targets: jax.Array  # (N, n + 2 m + 1, 2 n + 1) sum of z [change of o, its change, reward]^T
     changes: jax.Array  # (N, n, n) sum of changes' outer products
-    rewarded: jax.Array  # (N, n) sum of reward * o, never forgotten
-    reward: jax.Array   # (N, 1) sum of rewards, never forgotten
+    rewarded: jax.Array  # (N, n) sum of reward * o, without forgetting
+    reward: jax.Array   # (N, 1) sum of rewards, without forgetting
     steps: jax.Array    # (N, 1) sum of ones
-    o: jax.Array        # (N, n) the last observation ...
-    change: jax.Array   # (N, n) ... its change ...
-    action: jax.Array   # (N, m) ... and the action before it
+    o: jax.Array        # (N, n) the last observation
+    change: jax.Array   # (N, n) its change
+    action: jax.Array   # (N, m) the action before it
     model: Model
 
 
 def start(o: jax.Array, action_size: int) -> State:
-    """The state of trials that begin with the observations o (N, n) float32."""
+    """State of trials whose first observations are o (N, n) float32."""
     (N, n), m = o.shape, action_size
     k = n + 2 * m + 1
 
@@ -77,7 +82,14 @@ def start(o: jax.Array, action_size: int) -> State:
 
 
 def update(state: State, action: jax.Array, reward: jax.Array, o: jax.Array) -> State:
-    """Take in a transition: action (N, m) float32, one-hot if discrete, in state.o gave reward (N,) and o (N, n)."""
+    """State after a transition.
+
+    Args:
+      state: State before it.
+      action: (N, m) float32, taken after observing state.o; one-hot if discrete.
+      reward: (N,) float32, of the action.
+      o: (N, n) float32, the observation after it.
+    """
     change, reward = o - state.o, reward[:, None]
     bend = jnp.where(state.steps > 0, change - state.change, 0.0)
     key = jnp.concatenate([state.o, action, state.action, jnp.ones_like(reward)], -1)
@@ -89,11 +101,11 @@ def update(state: State, action: jax.Array, reward: jax.Array, o: jax.Array) -> 
 
 
 def fit(state: State) -> State:
-    """The state with the model that its sums give."""
+    """State with the model fitted to its sums."""
     n, m, k = state.o.shape[1], state.action.shape[1], state.keys.shape[1]
     steps = jnp.maximum(state.steps, 1e-3)[..., None]
     keys, targets, changes = state.keys / steps, state.targets / steps, state.changes / steps
-    # observations and changes in units of their root mean square, so that the ridge and the features have none
+    # in units of root mean squares, so that neither the ridge nor the features depend on the scale of o
     unit = jnp.sqrt(jnp.trace(keys[:, :n, :n], axis1=1, axis2=2)[:, None] / n + 1e-12)
     change_unit = jnp.sqrt(jnp.trace(changes, axis1=1, axis2=2)[:, None] / n + 1e-12)
     key_units = jnp.concatenate([jnp.repeat(unit, n, 1), jnp.ones((len(unit), k - n))], 1)
@@ -114,17 +126,17 @@ def fit(state: State) -> State:
 
 
 def num_features(action_size: int) -> int:
-    """How many numbers `features` gives."""
+    """Size of the features for actions of this size."""
     vectors = 5 + 3 * action_size
     return 3 * vectors * (vectors + 1) // 2 + vectors + 2 * action_size + 1
 
 
 def features(state: State) -> jax.Array:
-    """Inner products that mean the same under (nearly) every projection.
+    """Inner products that are nearly independent of the projection.
 
     Returns:
-      (N, num_features(m)) float32, compressed by arcsinh; zero for a trial without any fit. Rotating all
-      observations of a trial changes nothing, nor does their unit.
+      (N, num_features(m)) float32, compressed by arcsinh; zero before the first fit of a trial. A rotation or
+      scaling of all observations of a trial leaves them unchanged.
     """
     n, model = state.o.shape[1], state.model
     fitted = model.unit > 0
@@ -149,16 +161,16 @@ def outer(x: jax.Array, y: jax.Array) -> jax.Array:
 def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     """(N, i, k), (N, k, j) -> (N, i, j) in full float32.
 
-    A GPU keeps ten bits by default, and an inverse covariance magnifies what is lost.
+    By default a GPU multiplies with ten bits of mantissa, and an inverse covariance magnifies the rounding.
     """
     return jnp.matmul(a, b, precision="highest")
 
 
 def solve(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a^{-1} b for symmetric positive definite a (..., k, k) and b (..., k, j): Gauss and Jordan's, without pivots.
+    """a^{-1} b for symmetric positive definite a (..., k, k) and b (..., k, j), by Gauss-Jordan without pivots.
 
-    Not LAPACK's: on a CPU jaxlib's batched routines hold a thread of XLA's pool while they wait for others of them, so
-    that as many calls at once as there are threads wait for ever.
+    LAPACK would deadlock: on a CPU each of jaxlib's batched routines holds a thread of XLA's pool while it waits for
+    other threads of the pool, so as many concurrent calls as there are threads wait forever.
     """
     k = a.shape[-1]
 

@@ -1,67 +1,56 @@
 """In-context reinforcement learning with an LSTM memory: the baseline of train_s5.py, in one file.
 
-    python train_lstm.py                                      # six DMControl tasks through random projections
+    python train_lstm.py                                      # six DMControl tasks, random projections
+    python train_lstm.py --cell gru                           # a GRU instead
 
-The same file as train_s5.py but for the memory section: an LSTM or, with --cell gru, a GRU of as many parameters, reset
-inside its scan. Copy this file with envs.py, dmc.py, physics.py and sysid.py into another project and it runs there.
+The same file as train_s5.py outside the section "Memory": an LSTM or GRU with as many parameters. It needs
+the same files beside it, but for s5.py.
 """
 
 import dataclasses
 import importlib.util
 import math
-from typing import Any, Callable, ClassVar, Literal, NamedTuple
+from functools import partial
+from typing import Any, Callable, ClassVar, Literal, NamedTuple, get_args, get_origin
 
 import distrax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import tyro
-
-if __name__ == "__main__" and importlib.util.find_spec("experiment"):
-    importlib.import_module("experiment").start_devices()  # before gymnax, in envs.py, uses JAX
 
 import envs
 
 
-def by_preset(cpu: Any, accelerator: Any) -> Any:
-    """A field of Config whose default depends on the machine (experiment.py: --preset)."""
-    return dataclasses.field(default_factory=lambda: cpu if jax.default_backend() == "cpu" else accelerator,
-                             metadata={"cpu": cpu, "accelerator": accelerator})
+def sized(cpu: Any, accelerator: Any) -> Any:
+    """A default that depends on the machine."""
+    return dataclasses.field(
+        default_factory=lambda: cpu if jax.default_backend() == "cpu" else accelerator)
 
 
-# ---- Memory: the only section in which the trainers differ -------------------------------------------------
+# ---- Memory: the only section in which the trainers differ ---------------------------------------
 @dataclasses.dataclass(frozen=True)
 class MemoryConfig:
-    width: int = by_preset(cpu=64, accelerator=256)  # features of every layer of the network
+    width: int = sized(cpu=64, accelerator=256)  # features of every layer of the network
     layers: int = 1  # recurrent blocks
-    cell: Literal["lstm", "gru"] = "lstm"  # of a block
-    hidden_size: int = 0  # units of each cell; 0: as many parameters as train_s5.py's memory of that width
-
-
-class RecurrentBlock(nn.Module):
-    """LayerNorm -> LSTM or GRU -> dense -> residual; one step, before which the state is reset to zero where asked."""
-    config: Any
-    dtype: Any
-
-    def setup(self):
-        self.norm, self.out = nn.LayerNorm(), nn.Dense(self.config.width, dtype=self.dtype)
-        cell = nn.OptimizedLSTMCell if self.config.cell == "lstm" else nn.GRUCell
-        self.cell = cell(hidden_size(self.config), dtype=self.dtype)
-
-    def __call__(self, state, x, reset):
-        state, y = self.cell(jax.tree.map(lambda s: jnp.where(reset[..., None], 0.0, s), state), self.norm(x))
-        return jax.tree.map(jnp.float32, state), x + self.out(y)
+    cell: Literal["lstm", "gru"] = "lstm"
 
 
 class Memory(nn.Module):
-    """The agent's memory: zero_state(batch), prepare(), step(prepared, state, x, reset), __call__(state, x, reset)."""
+    """Blocks of LayerNorm -> LSTM or GRU -> dense -> residual, reset inside the scan.
+
+    zero_state(batch_shape), prepare(), step(prepared, hidden, x, reset), __call__(hidden, x, reset).
+    """
+
     config: Any
-    dtype: Any
 
     def setup(self):
-        self.blocks = [RecurrentBlock(self.config, self.dtype) for _ in range(self.config.layers)]
+        cell = nn.OptimizedLSTMCell if self.config.cell == "lstm" else nn.GRUCell
+        dtype, layers = jnp.dtype(self.config.dtype), range(self.config.layers)
+        self.norms = [nn.LayerNorm() for _ in layers]
+        self.cells = [cell(hidden_size(self.config), dtype=dtype) for _ in layers]
+        self.outputs = [nn.Dense(self.config.width, dtype=dtype) for _ in layers]
 
     @nn.nowrap
     def zero_state(self, batch_shape):
@@ -71,262 +60,281 @@ class Memory(nn.Module):
     def prepare(self):
         return ()
 
-    def step(self, prepared, state, x, reset):
-        state = list(state)
-        for i, block in enumerate(self.blocks):
-            state[i], x = block(state[i], x, reset)
-        return tuple(state), x
+    def step(self, prepared, hidden, x, reset):
+        hidden = jax.tree.map(lambda h: jnp.where(reset[..., None], 0.0, h), hidden)
+        new = []
+        for norm, cell, output, state in zip(self.norms, self.cells, self.outputs, hidden):
+            state, y = cell(state, norm(x))
+            new.append(jax.tree.map(jnp.float32, state))
+            x = x + output(y)
+        return tuple(new), x
 
-    def __call__(self, state, x, reset):
-        return nn.scan(lambda memory, *args: memory.step((), *args), variable_broadcast="params",
-                       split_rngs={"params": False})(self, state, x, reset)
+    def __call__(self, hidden, x, reset):
+        scan = nn.scan(lambda memory, *args: memory.step((), *args), variable_broadcast="params",
+                       split_rngs={"params": False})
+        return scan(self, hidden, x, reset)
 
 
-def hidden_size(config):
-    """Units of a cell: given, or such that the memory has as many parameters as train_s5.py's."""
+def hidden_size(config: Any) -> int:
+    """Units of a cell, such that the memory has as many parameters as train_s5.py's default."""
     w, gates = config.width, 4 if config.cell == "lstm" else 3
-    layers, p = (4, 256) if w >= 256 else (3, 32)  # the defaults of train_s5.py
+    layers, p = (4, 256) if w >= 256 else (3, 32)  # of train_s5.py
     target = layers * (2 * p * w + 2 * w * w + 5 * w + 3 * p // 2) / config.layers
-    b = (gates + 1) * w + 4  # one block: gates h (w + h) + 4 h + h w + 3 w parameters
-    return config.hidden_size or round((-b + math.sqrt(b * b + 4 * gates * (target - 3 * w))) / (2 * gates))
+    b = (gates + 1) * w + 4  # a block of h units has gates h (w + h) + 4 h + h w + 3 w parameters
+    return round((-b + math.sqrt(b * b + 4 * gates * (target - 3 * w))) / (2 * gates))
 
 
-def make_memory(config: MemoryConfig, dtype: Any) -> Memory:
-    """The memory of an agent, its matrix products in `dtype`."""
-    return Memory(config, dtype)
+def make_memory(config: Any) -> nn.Module:
+    """The agent's memory. Any flax module with the four methods of `Memory` can take its place."""
+    return Memory(config)
 
 
-# ---- Configuration: what changes the algorithm -------------------------------------------------------------
+# ---- Configuration -------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
 class Config(MemoryConfig):
-    # what to learn
-    env: tuple[str, ...] = envs.TRAIN_TASKS  # DMControl tasks (several share num_envs), a gymnax name or brax:NAME
-    env_kwargs: tuple[str, ...] = ()  # KEY=VALUE arguments of the environment, such as memory_length=64
-    projection: Literal["auto", "gaussian", "orthogonal", "rademacher", "identity", "none"] = "auto"
-    """how the agent meets a task; auto: gaussian for DMControl, none elsewhere"""
+    # the task
+    env: tuple[str, ...] = envs.TRAIN_TASKS  # names, see envs.make; several tasks share num_envs
+    env_kwargs: tuple[str, ...] = ()  # KEY=VALUE arguments of the environment
+    projection: Literal["auto", *envs.PROJECTIONS] = "auto"  # auto: gaussian for DMControl, else none
     obs_size: int = 12  # size of a projected observation
-    action_size: int = 2  # size of the agent's action before projection
-    action_repeat: int = 0  # environment steps that an action lasts (0: two of DMControl, else one)
-    episodes_per_trial: int = 1  # the memory is reset after so many episodes
-    observe_action: bool = True  # show the agent its last action
-    observe_change: bool = True  # also show the change of the projected observation
-    identify: bool = True  # also show what sysid.py finds out: inner products that no random projection hides
-    privileged_critic: bool = True  # the critic, wanted in training only, also sees raw observations (arXiv 1710.06542)
-    policy: Literal["categorical", "gaussian"] = "categorical"  # of continuous actions, see envs.continuous_policy
-    action_bins: int = 9  # values of a categorical policy in every dimension
-    observe: Literal["full", "none"] = "full"  # none: observations never reach the network (the blind control)
-    memory: Literal["full", "none", "unreset"] = "full"  # none: reset at every step (memoryless); unreset: never
-    backend: Literal["fused", "mjx"] = "fused"  # physics
-    # how long, how wide
-    total_timesteps: int = by_preset(cpu=20_000_000, accelerator=500_000_000)  # of one seed, up to whole log lines
-    num_envs: int = by_preset(cpu=192, accelerator=6144)  # stepped side by side, split equally among the tasks
-    num_steps: int = 128  # steps of every environment between two updates
-    log_every: int = 10  # updates between two log lines (one call of the compiled function)
+    action_size: int = 2  # dimensions of the action before projection
+    action_repeat: int = 0  # environment steps per action; 0: two for DMControl, else one
+    episodes_per_trial: int = 1  # the hidden state is reset after so many episodes
+    # the agent
+    observe_action: bool = True  # observe the previous action
+    observe_change: bool = True  # observe the change of the projected observation
+    sysid: bool = True  # observe the features of in-context system identification (sysid.py)
+    privileged_critic: bool = True  # in training the critic also observes the raw state
+    vector_memory: bool = False  # also remember vectors of observation space (vector_s5.py)
+    blind: bool = False  # hide all observations but actions, rewards and episode starts
+    reset: Literal["trial", "step", "never"] = "trial"  # when the hidden state is reset
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products
+    # the budget
+    total_timesteps: int = sized(cpu=20_000_000, accelerator=500_000_000)  # environment steps per seed
+    num_envs: int = sized(cpu=192, accelerator=6144)  # environments, split equally among the tasks
+    num_steps: int = 128  # steps per environment and rollout
+    log_every: int = 10  # updates per call of the compiled function
     # PPO
-    lr: float = 5e-4  # Adam step size
-    anneal_lr: bool = True  # let the step size fall linearly to zero
-    anneal_entropy: bool = True  # let the entropy bonus fall likewise
+    lr: float = 5e-4  # Adam's step size
+    anneal: Literal["lr+entropy", "lr", "none"] = "lr+entropy"  # what falls linearly to zero
     update_epochs: int = 4  # passes over every rollout
-    num_minibatches: int = by_preset(cpu=4, accelerator=16)  # per pass; of whole lanes (environments), all their steps
+    num_minibatches: int = sized(cpu=4, accelerator=16)  # per pass; each of whole environments
     gamma: float = 0.995  # discount
-    gae_lambda: float = 0.95  # generalised advantage estimation
-    clip_eps: float = 0.2  # PPO clipping
-    ent_coef: float = 0.01  # entropy bonus
-    vf_coef: float = 0.5  # weight of the value loss
-    max_grad_norm: float = 0.5  # gradient clipping
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products; the recurrence stays float32
-    SWEEPABLE: ClassVar = ("lr", "gamma", "gae_lambda", "clip_eps", "ent_coef", "vf_coef")  # traced values
+    gae_lambda: float = 0.95
+    clip_eps: float = 0.2
+    ent_coef: float = 0.01
+    vf_coef: float = 0.5
+    MAX_GRAD_NORM: ClassVar = 0.5  # of all gradients together
+    SWEEPABLE: ClassVar = ("lr", "gamma", "gae_lambda", "clip_eps", "ent_coef", "vf_coef")  # traced
 
-    @property
-    def resolved_repeat(self) -> int:
-        return self.action_repeat or (2 if all(map(envs.is_dmc, self.env)) else 1)
+    def __post_init__(self):
+        may_be_zero = ("action_repeat", "gamma", "gae_lambda", "ent_coef", "vf_coef")
+        for field in dataclasses.fields(self):
+            value, choices = getattr(self, field.name), get_args(field.type)
+            if get_origin(field.type) is Literal:
+                valid, expected = value in choices, f"one of {', '.join(choices)}"
+            else:
+                kind = get_origin(field.type) or field.type
+                valid, expected = isinstance(value, (int, float) if kind is float else kind), kind.__name__
+            if valid and field.type in (int, float):
+                least = 0 if field.name in may_be_zero else 1e-9
+                valid, expected = value >= least, "positive" if least else "at least 0"
+            if not valid:
+                raise ValueError(f"{field.name} must be {expected}, got {value!r}")
+        if max(self.gamma, self.gae_lambda) > 1:
+            raise ValueError(f"gamma and gae_lambda must be at most 1, got {self.gamma}, {self.gae_lambda}")
+        if self.vector_memory and not (
+                self.observe_action and self.observe_change and self.num_steps % 4 == 0):
+            raise ValueError("vector_memory needs observe_action, observe_change and a num_steps that "
+                             f"is a multiple of 4, got {self.num_steps}")
+        if not self.env or self.num_envs % (len(self.env) * self.num_minibatches):
+            raise ValueError(f"num_envs={self.num_envs} must be divisible by tasks x minibatches = "
+                             f"{len(self.env)} x {self.num_minibatches}")
 
     @property
     def steps_per_update(self) -> int:
-        return self.num_envs * self.num_steps * self.resolved_repeat
+        return self.num_envs * self.num_steps * make_trial_kwargs(self)["action_repeat"]
 
     @property
     def num_updates(self) -> int:
-        return math.ceil(self.total_timesteps / (self.steps_per_update * self.log_every)) * self.log_every
-
-    @property
-    def resolved_projection(self) -> str:
-        return self.projection.replace("auto", "gaussian" if all(map(envs.is_dmc, self.env)) else "none")
-
-    def __post_init__(self):
-        rules = {
-            "at least 1": (lambda x: x >= 1, "width layers total_timesteps num_envs num_steps log_every update_epochs "
-                           "num_minibatches episodes_per_trial obs_size action_size action_bins"),
-            "positive": (lambda x: x > 0, "lr clip_eps max_grad_norm"),
-            "non-negative": (lambda x: x >= 0, "action_repeat ent_coef vf_coef"),
-            "in [0, 1]": (lambda x: 0 <= x <= 1, "gamma gae_lambda")}
-        for rule, (holds, names) in rules.items():
-            for name in names.split():
-                if not holds(getattr(self, name)):
-                    raise ValueError(f"{name} must be {rule}, got {getattr(self, name)}")
-        if not self.env or self.num_envs % (len(self.env) * self.num_minibatches):
-            raise ValueError(f"num_envs={self.num_envs} must be divisible by tasks x minibatches = {len(self.env)} x "
-                             f"{self.num_minibatches}, so that every minibatch holds the same lanes of each task")
+        return math.ceil(self.total_timesteps / self.steps_per_update / self.log_every) * self.log_every
 
 
-def make_lanes(config: Config, **changes: Any) -> envs.Lanes:
-    """The environments that `config` describes; `changes` replace arguments of envs.Lanes."""
-    same_name = "obs_size action_size episodes_per_trial observe_action observe_change backend"
-    return envs.Lanes(**{name: getattr(config, name) for name in same_name.split()} | dict(
-        tasks=config.env, num_lanes=config.num_envs, action_repeat=config.resolved_repeat,
-        identify=config.identify and config.memory == "full",
-        privileged=config.privileged_critic, projection=config.resolved_projection,
-        env_kwargs=envs.parse_kwargs(config.env_kwargs)) | changes)
+def make_trial_kwargs(config: Config) -> dict[str, Any]:
+    """Keyword arguments of envs.Trials that `config` stands for."""
+    dmc = all(map(envs.is_dmc, config.env))
+    projection = config.projection.replace("auto", "gaussian" if dmc else "none")
+    hidden = projection not in ("identity", "none")  # else there is nothing to identify
+    same = ("obs_size", "action_size", "episodes_per_trial", "observe_action", "observe_change")
+    return {name: getattr(config, name) for name in same} | dict(
+        projection=projection, action_repeat=config.action_repeat or (2 if dmc else 1),
+        sysid=config.sysid and hidden, privileged=config.privileged_critic and hidden,
+        env_kwargs=envs.parse_kwargs(config.env_kwargs))
 
 
-# ---- Network -----------------------------------------------------------------------------------------------
-class RunningNorm(nn.Module):
-    """x (..., D) over the running mean and deviation in its "stats" collection, which training updates.
+# ---- Running statistics --------------------------------------------------------------------------
+class Moments(NamedTuple):
+    """Running mean and variance."""
 
-    The statistics are pooled over all lanes and tasks, so they reveal nothing about the task at hand. More than
-    five deviations from the mean is clipped: a rare large input would drown the others.
-    """
+    count: jax.Array
+    mean: jax.Array
+    var: jax.Array
 
-    @nn.compact
-    def __call__(self, x):
-        self.variable("stats", "count", lambda: jnp.float32(1e-4))
-        mean = self.variable("stats", "mean", jnp.zeros, x.shape[-1:]).value
-        var = self.variable("stats", "var", jnp.ones, x.shape[-1:]).value
-        mean, var = (jax.lax.stop_gradient(s[:x.shape[-1]]) for s in (mean, var))  # to act, less is seen than to learn
-        return jnp.clip((x - mean) * jax.lax.rsqrt(var + 1e-6), -5.0, 5.0)
+    def merge(self, n, mean, var):
+        """The moments with n more values of that mean and variance (Chan et al.)."""
+        count, shift = self.count + n, mean - self.mean
+        var = self.count * self.var + n * var + shift**2 * self.count * n / count
+        return Moments(count, self.mean + shift * n / count, var / count)
+
+    def normalise(self, x):
+        """x in deviations from the mean, at most 5: a rare large input would drown the others."""
+        return jnp.clip((x - self.mean) * jax.lax.rsqrt(self.var + 1e-6), -5.0, 5.0)
 
 
-def apply_flat(layer: Callable, x: jax.Array) -> jax.Array:
+def no_moments(shape):
+    return Moments(jnp.float32(1e-4), jnp.zeros(shape), jnp.ones(shape))
+
+
+def moments_of(x, axes, pmean):
+    """Mean and variance of x over `axes` and over the devices that share the environments."""
+    mean = pmean(x.mean(axes, keepdims=True))
+    return mean.squeeze(axes), pmean(((x - mean) ** 2).mean(axes))
+
+
+# ---- Network -------------------------------------------------------------------------------------
+def flat(layer: Callable, x: jax.Array) -> jax.Array:
     """layer(x) with the leading axes of x (..., D) flattened: XLA's backward pass is faster on matrices."""
     return layer(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
 
+def vectors_of(observation: envs.Observation) -> jax.Array:
+    """The projected observation and its change (..., 2, obs_size), without symlog: linear in the state."""
+    now, before = (jnp.sign(x) * jnp.expm1(jnp.abs(x)) for x in (
+        observation.projected, observation.projected - observation.change))
+    return jnp.stack([now, now - before], -2)
+
+
 class ActorCritic(nn.Module):
-    """Encoder -> memory -> policy and value heads."""
+    """Encoders -> memory -> policy head and value head.
+
+    Observations are normalised by `norm`, an envs.Observation of Moments pooled over all tasks, so that
+    the scale of an input tells nothing about the task.
+    """
 
     config: Config
-    num_outputs: int  # action dimensions (continuous) or number of actions (discrete)
-    discrete: bool  # whether the policy is categorical
-    output_of_input: tuple[int, ...]  # see envs.Lanes
+    memory: nn.Module
+    vectors: nn.Module | None
+    action_dims: int
+    num_bins: int
 
     def setup(self):
-        width, dtype = self.config.width, jnp.dtype(self.config.dtype)
-        self.input_norm, self.core_norm = RunningNorm(), nn.LayerNorm()
-        self.own_encoder, self.observation_encoder = nn.Dense(width, dtype=dtype), nn.Dense(width, dtype=dtype)
-        self.core, self.detour = make_memory(self.config, dtype), nn.Dense(width, dtype=dtype)
-        self.actor, self.critic = nn.Dense(width, dtype=dtype), nn.Dense(width, dtype=dtype)
-        self.privileged_encoder = nn.Sequential([nn.Dense(2 * width), nn.gelu, nn.Dense(width), nn.gelu])
+        dense = partial(nn.Dense, self.config.width, dtype=jnp.dtype(self.config.dtype))
+        self.context_encoder, self.observation_encoder, self.bypass = dense(), dense(), dense()
+        self.memory_norm = nn.LayerNorm()
+        self.actor, self.critic = dense(), dense()
+        width = self.config.width
+        self.state_encoder = nn.Sequential([nn.Dense(2 * width), nn.gelu, nn.Dense(width), nn.gelu])
         self.value_head = nn.Dense(1, kernel_init=nn.initializers.orthogonal(1.0))
-        per_action = 1 if self.discrete else self.config.action_bins if self.config.policy == "categorical" else 2
         # a small gain: at first all actions are equally likely, whatever the input
-        self.policy_head = nn.Dense(self.num_outputs * per_action, kernel_init=nn.initializers.orthogonal(0.01))
+        self.policy_head = nn.Dense(self.action_dims * self.num_bins,
+                                    kernel_init=nn.initializers.orthogonal(0.01))
 
-    def perceive(self, inputs, memory, outputs=math.inf):
-        """(state, x (..., 2 width) for the heads) of inputs (..., input_size or more).
+    @nn.nowrap
+    def zero_state(self, batch_shape):
+        """The hidden state of environments (*batch_shape) whose trials have not begun."""
+        hidden = self.memory.zero_state(batch_shape)
+        return (hidden, self.vectors.zero_state(batch_shape)) if self.vectors else hidden
 
-        memory maps its input (..., width) to (state, output (..., width)). What comes of observations also goes around
-        it; into it, damped where they are projected: many numbers, at first all noise, they would drown action and
-        reward. outputs: how many numbers of a projected observation are shown.
+    def features(self, norm, observation, hidden, reset, prepared=None):
+        """(hidden state, features (..., 2 width) for the heads): one step if `prepared`, else sequences.
+
+        Observation features bypass the memory. They also enter it, scaled by 0.1 under a projection,
+        because they outnumber action and reward and would drown them early in training.
         """
-        output_of = np.array(self.output_of_input)
-        shown = output_of < jnp.expand_dims(0 if self.config.observe == "none" else outputs, -1)
-        x = jnp.where(shown, self.input_norm(inputs)[..., :len(output_of)], 0.0)  # hidden is at 0, its mean
-        own = apply_flat(self.own_encoder, x[..., output_of < 0])
-        seen = apply_flat(self.observation_encoder, x[..., output_of >= 0])
-        damping = 1.0 if self.config.resolved_projection in ("identity", "none") else 0.1
-        state, x = memory(nn.gelu(own + damping * seen))
-        return state, jnp.concatenate([self.core_norm(x), nn.gelu(apply_flat(self.detour, nn.gelu(seen)))], -1)
+        parts = [getattr(norm, name).normalise(getattr(observation, name))
+                 for name in ("projected", "change", "sysid")]
+        observed = (0.0 if self.config.blind else 1.0) * jnp.concatenate(parts, -1)
+        context = norm.context.normalise(observation.context)
+        observed = flat(self.observation_encoder, observed)
+        if self.vectors:
+            hidden, state = hidden
+            run = self.vectors if prepared is None else self.vectors.step
+            state, found = run(state, context[..., :-2], vectors_of(observation), reset)
+            observed = observed + (0.0 if self.config.blind else 1.0) * found
+        scale = 1.0 if make_trial_kwargs(self.config)["projection"] in ("identity", "none") else 0.1
+        x = nn.gelu(flat(self.context_encoder, context) + scale * observed)
+        run = self.memory if prepared is None else partial(self.memory.step, prepared)
+        hidden, x = run(hidden, x, reset)
+        bypass = nn.gelu(flat(self.bypass, nn.gelu(observed)))
+        hidden = (hidden, state) if self.vectors else hidden
+        return hidden, jnp.concatenate([self.memory_norm(x), bypass], -1)
 
-    def policy(self, x):
-        """x of perceive -> distribution of actions (...)."""
-        logits = apply_flat(lambda x: self.policy_head(nn.gelu(self.actor(x))), x)
-        if self.discrete:
-            return distrax.Categorical(logits=logits)
-        return envs.continuous_policy(self.config.policy, logits, self.num_outputs)
+    def policy(self, features):
+        """Distribution of actions (..., action_dims) int32, independent bins in every dimension."""
+        logits = flat(lambda x: self.policy_head(nn.gelu(self.actor(x))), features)
+        logits = logits.reshape(*logits.shape[:-1], self.action_dims, self.num_bins)
+        return distrax.Independent(distrax.Categorical(logits=logits), 1)
 
-    def value(self, x, inputs):
-        """x of perceive, inputs (..., input_size + privileged_size) -> (...) float32, in the scale of its task."""
-        privileged = self.input_norm(inputs)[..., len(self.output_of_input):]
-        if privileged.shape[-1]:
-            x = jnp.concatenate([x, apply_flat(self.privileged_encoder, privileged)], -1)
-        return apply_flat(lambda x: self.value_head(nn.gelu(self.critic(x))), x)[..., 0]
+    def value(self, norm, features, observation):
+        """(...) float32, in the scale of the task's rewards."""
+        if observation.state.shape[-1]:
+            state = flat(self.state_encoder, norm.state.normalise(observation.state))
+            features = jnp.concatenate([features, state], -1)
+        return flat(lambda x: self.value_head(nn.gelu(self.critic(x))), features)[..., 0]
 
-    def __call__(self, state, inputs, reset):
-        """Whole sequences: inputs (T, B, input_size + privileged_size), reset (T, B) -> state, policy, value (T, B)."""
-        state, x = self.perceive(inputs, lambda x: self.core(state, x, reset))
-        return state, self.policy(x), self.value(x, inputs)
+    def __call__(self, norm, hidden, observation, reset):
+        """Whole sequences (T, N, ...), reset (T, N) -> (hidden state, policy, value (T, N))."""
+        hidden, x = self.features(norm, observation, hidden, reset)
+        return hidden, self.policy(x), self.value(norm, x, observation)
 
     def prepare(self):
-        """Everything of an acting step that depends on the parameters alone; once per rollout."""
-        return self.core.prepare()
+        """What `step` needs that depends on the parameters alone; once per rollout."""
+        return self.memory.prepare()
 
-    def act(self, prepared, state, inputs, reset, outputs=math.inf):
-        """One step: inputs (B, input_size), reset (B,), outputs as in perceive -> state, policy (B,), perceive's x."""
-        state, x = self.perceive(inputs, lambda x: self.core.step(prepared, state, x, reset), outputs)
-        return state, self.policy(x), x
-
-    def step(self, prepared, state, inputs, reset):
-        """One step of a rollout: inputs with what the critic sees, reset (B,) -> state, policy and value (B,)."""
-        state, pi, x = self.act(prepared, state, inputs, reset)
-        return state, pi, self.value(x, inputs)
+    def step(self, prepared, norm, hidden, observation, reset, critic=True):
+        """One step (N, ...), reset (N,) -> (hidden state, policy, value (N,), or None without critic)."""
+        hidden, x = self.features(norm, observation, hidden, reset, prepared)
+        return hidden, self.policy(x), self.value(norm, x, observation) if critic else None
 
 
-# ---- Rollouts: T steps of N lanes, time-major (T, N, ...) --------------------------------------------------
+# ---- PPO -----------------------------------------------------------------------------------------
 class RunnerState(NamedTuple):
     """Everything that training carries from update to update."""
 
-    params: Any  # {"params", "stats"}: the network's variables
+    params: Any
+    norm: envs.Observation  # Moments of every field
     opt_state: Any
-    env_state: Any
-    inputs: jax.Array  # (N, input_size + privileged_size) what the agent and its critic see next
-    memory: Any  # memory state before that
-    reset: jax.Array  # (N,) whether the memory is to be reset before that
+    env_state: envs.TrialsState
+    observation: envs.Observation  # what the agent acts on next
+    hidden: Any  # hidden state before that
+    reset: jax.Array  # (N,) bool, whether the hidden state is reset before that
     returns: jax.Array  # (N,) running discounted return, for the scale of rewards
-    return_stats: dict[str, jax.Array]  # its count, mean and variance in each task (tasks,)
-    hyper: dict[str, jax.Array]  # Config.SWEEPABLE values
+    reward_scale: Moments  # of these returns, per task (tasks,)
+    hyper: dict[str, jax.Array]  # values of Config.SWEEPABLE
     key: jax.Array
     num_updates: jax.Array
 
 
 class Rollout(NamedTuple):
-    """What was lived, (T, N, ...)."""
+    """One rollout: T steps of N environments, (T, N, ...)."""
 
-    inputs: jax.Array
+    observation: envs.Observation
     reset: jax.Array
     action: jax.Array
     log_prob: jax.Array
     value: jax.Array
-    step: envs.LaneStep
+    transition: envs.Transition
 
 
-def keep_final_input(slots: list[tuple], ended: jax.Array, entry: tuple) -> list[tuple]:
-    """`entry` (memory, inputs, time) put into the first empty slot of every lane where `ended` (N,).
+def gae(reward, value, last_value, terminated, trial_end, gamma, lam) -> jax.Array:
+    """Generalised advantage estimation (Schulman et al., arXiv 1506.02438) over trials, (T, N).
 
-    GAE needs the value of the input that would have come next in a trial that ran out of time. To value such an input
-    in every step would double the cost of acting. But trials end rarely: a few slots hold all final inputs of a
-    rollout, each with the memory that met it, and are valued after it. time (N,): step of the rollout, -1: empty.
-    """
-    used = sum((time >= 0).astype(jnp.int32) for _, _, time in slots)
-    return [envs.select(ended & (used == k), entry, slot) for k, slot in enumerate(slots)]
-
-
-def merge_stats(stats: dict[str, jax.Array], n: int, mean: jax.Array, var: jax.Array) -> dict[str, jax.Array]:
-    """Chan's parallel update of {"count", "mean", "var"} with n values of that mean and variance."""
-    count, shift = stats["count"] + n, mean - stats["mean"]
-    return {"count": count, "mean": stats["mean"] + shift * n / count,
-            "var": (stats["count"] * stats["var"] + n * var + shift**2 * stats["count"] * n / count) / count}
-
-
-# ---- PPO ---------------------------------------------------------------------------------------------------
-def gae(reward, value, last_value, final_value, terminated, trial_end, gamma, lam) -> jax.Array:
-    """Generalised advantage estimation (Schulman et al., arXiv 1506.02438) over trials: advantages (T, N).
-
-    Arguments are (T, N); last_value (N,) is the value after the last step, gamma and lam are scalars. Inside a trial
-    the next value is the next step's, through episode boundaries too. At a trial's end it is 0 if the task
-    terminated, else final_value, the value of the final observation.
+    Arguments are (T, N), but last_value (N,), gamma and lam (). Inside a trial the next value is that of
+    the next step, across episode boundaries too. At a trial's end it is 0 if the task terminated. If the
+    trial ran out of time, the value of the last observation acted on stands in for the final one's.
     """
     next_value = jnp.concatenate([value[1:], last_value[None]])
-    next_value = jnp.where(trial_end, jnp.where(terminated, 0.0, final_value), next_value)
+    next_value = jnp.where(trial_end, jnp.where(terminated, 0.0, value), next_value)
     delta = reward + gamma * next_value - value
     decay = gamma * lam * (1.0 - trial_end)
 
@@ -334,186 +342,200 @@ def gae(reward, value, last_value, final_value, terminated, trial_end, gamma, la
         advantage = x[0] + x[1] * advantage
         return advantage, advantage
 
-    return jax.lax.scan(backward, jnp.zeros_like(last_value), (delta, decay), reverse=True, unroll=8)[1]
+    start = jnp.zeros_like(last_value)
+    return jax.lax.scan(backward, start, (delta, decay), reverse=True, unroll=8)[1]
 
 
-def scale_per_task(reward, trial_end, returns, stats, gamma, lanes) -> tuple[jax.Array, jax.Array, Any]:
-    """Rewards over the running deviation of their task's discounted sums, so that a critic's errors count alike in all.
+def scale_rewards(reward, trial_end, returns, scale, gamma, pmean) -> tuple[Any, jax.Array, Moments]:
+    """Rewards (T, N) over the running deviation of their task's discounted returns.
 
-    With one scale for all tasks it learns little of those that pay little (as van Hasselt et al., arXiv 1602.07714, for
-    targets). The least scale is a hundredth of the largest.
-
-    Args:
-      reward, trial_end: (T, N); returns: (N,) the discounted sums so far; gamma: scalar discount.
-      stats: their {"count", "mean", "var"}, (tasks,) each.
-      lanes: the envs.Lanes that were stepped: which lane has which task, and who shares them.
-
-    Returns:
-      (rewards (T, N), returns, stats), the last two after these steps.
+    With one scale for all tasks the critic would learn little of those that pay little (compare van
+    Hasselt et al., arXiv 1602.07714). The smallest scale is a hundredth of the largest. `returns` (N,)
+    and `scale`, Moments (tasks,), are carried from rollout to rollout and returned second and third.
     """
     def accumulate(total, x):
         total = total * gamma + x[0]
         return total * (1.0 - x[1]), total
 
     returns, history = jax.lax.scan(accumulate, returns, (reward, trial_end), unroll=8)
-    by_task = history.reshape(len(history), len(lanes.tasks), -1)  # (T, N) -> (T, tasks, N / tasks)
-    stats = merge_stats(stats, lanes.shards * by_task[:, 0].size, *lanes.moments(by_task, (0, 2)))
-    deviation = jnp.sqrt(stats["var"])
-    return reward / jnp.maximum(deviation, 0.01 * deviation.max() + 1e-4)[lanes.lane_task], returns, stats
+    by_task = history.reshape(len(history), len(scale.mean), -1)  # (T, N) -> (T, tasks, N / tasks)
+    n = pmean(jnp.float32(by_task[:, 0].size))
+    scale = scale.merge(n, *moments_of(by_task, (0, 2), pmean))
+    deviation = jnp.sqrt(scale.var)
+    deviation = jnp.maximum(deviation, 0.01 * deviation.max() + 1e-4)
+    return reward / jnp.repeat(deviation, by_task.shape[2]), returns, scale
 
 
-def normalise_per_task(advantage: jax.Array, lanes: envs.Lanes) -> jax.Array:
+def normalise_advantages(advantage: jax.Array, tasks: int, pmean: Callable) -> jax.Array:
     """Advantages (T, N) standardised within each task, so that every task weighs the same."""
-    by_task = advantage.reshape(len(advantage), len(lanes.tasks), -1)  # (T, N) -> (T, tasks, N / tasks)
-    mean, var = (x[:, None] for x in lanes.moments(by_task, (0, 2)))
-    return ((by_task - mean) / (jnp.sqrt(var) + 1e-8)).reshape(advantage.shape)
+    by_task = advantage.reshape(len(advantage), tasks, -1)  # (T, N) -> (T, tasks, N / tasks)
+    mean, var = moments_of(by_task, (0, 2), pmean)
+    return ((by_task - mean[:, None]) / (jnp.sqrt(var)[:, None] + 1e-8)).reshape(advantage.shape)
+
+
+def ppo_loss(pi, value, rollout, advantage, target, hyper) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The clipped objective of PPO (Schulman et al., arXiv 1707.06347), its value loss clipped as well."""
+    eps = hyper["clip_eps"]
+    log_ratio = pi.log_prob(rollout.action) - rollout.log_prob
+    ratio = jnp.exp(log_ratio)
+    clipped = jnp.clip(ratio, 1.0 - eps, 1.0 + eps)
+    policy_loss = -jnp.minimum(ratio * advantage, clipped * advantage).mean()
+    value_clipped = rollout.value + jnp.clip(value - rollout.value, -eps, eps)
+    value_loss = 0.5 * jnp.maximum((value - target) ** 2, (value_clipped - target) ** 2).mean()
+    entropy = pi.entropy().mean()
+    loss = policy_loss + hyper["vf_coef"] * value_loss - hyper["ent_coef"] * entropy
+    return loss, {
+        "policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy,
+        "kl": (ratio - 1.0 - log_ratio).mean(), "clip_fraction": (jnp.abs(ratio - 1.0) > eps).mean()}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Train:
-    """train(key) -> {"runner": RunnerState, "metrics"} is a whole run, init and update are its halves. All are pure."""
+    """train(key, hyper=None) -> {"runner", "metrics"} is a whole run, `init` and `update` are its halves."""
 
-    init: Callable  # (key, hyper=None) -> RunnerState; hyper: traced scalars in place of Config.SWEEPABLE values
-    update: Callable  # RunnerState -> (RunnerState, metrics), one PPO iteration
-    collect: Callable  # RunnerState -> (RunnerState, Rollout, final values (T, N), last values (N,))
-    lanes: envs.Lanes
+    init: Callable  # (key, hyper=None) -> RunnerState; hyper: traced values of Config.SWEEPABLE
+    update: Callable  # RunnerState -> (RunnerState, metrics), one iteration of PPO
+    trials: envs.Trials
     network: ActorCritic
     num_updates: int
 
     def __call__(self, key, hyper=None):
-        runner, metrics = jax.lax.scan(lambda r, _: self.update(r), self.init(key, hyper), None, self.num_updates)
+        runner, metrics = jax.lax.scan(
+            lambda runner, _: self.update(runner), self.init(key, hyper), None, self.num_updates)
         return {"runner": runner, "metrics": metrics}
 
 
-def make_train(config: Config, shards: int = 1) -> Train:
-    """Proximal policy optimisation (Schulman et al., arXiv 1707.06347) of a recurrent agent.
+def make_train(config: Config, make_memory: Callable = make_memory, axis: str | None = None) -> Train:
+    """PPO of a recurrent agent, as pure functions.
 
-    Metrics are scalars of an update, {"return", "reward"} of every task (tasks,), "curve" (tasks, bins).
-    shards: devices that share num_envs, each with N of them. If several, all is called in jax.shard_map over an axis
-    "data" of so many, `lanes.pmean` averages over it, and what is learned differs from one device's by rounding only.
+    Args:
+      config: the configuration.
+      make_memory: config -> memory, see `Memory`.
+      axis: name of a mapped axis whose devices share the environments of a seed. `config.num_envs` is
+        then the number on each. What is learned differs from one device's by rounding only.
+
+    Returns:
+      Train. The metrics of an update are scalars, (tasks,) or (tasks, bins).
     """
-    lanes = make_lanes(config, shards=shards)
-    network = ActorCritic(config, lanes.action_size, lanes.discrete, lanes.output_of_input)
-    N, T = lanes.num_lanes, config.num_steps
-    num_slots = 1 + (T - 1) // (lanes.max_episode_steps or T)  # how often a lane can run out of time in a rollout
-    # Adam without its rate: that is traced, for sweeps, and multiplied where the step is taken
-    optimiser = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optax.scale_by_adam())
-    memoryless, forgets = config.memory == "none", config.memory != "unreset"
-    dataclasses.replace(config, num_envs=N)  # raises ValueError if minibatches cannot be made of them
+    trials = envs.Trials(config.env, config.num_envs, axis=axis, **make_trial_kwargs(config))
+    vectors = None
+    if config.vector_memory:
+        from vector_s5 import VectorS5
+        vectors = VectorS5(features=config.width, scalars=trials.action_width + 1, vectors=2,
+                           size=trials.obs_size, actions=trials.action_width)
+    network = ActorCritic(config, make_memory(config), vectors, trials.action_dims, trials.num_bins)
+    # Adam without its step size, which is traced for sweeps and multiplied where the step is taken
+    optimiser = optax.chain(optax.clip_by_global_norm(config.MAX_GRAD_NORM), optax.scale_by_adam())
+    tasks, N = len(config.env), config.num_envs
+    pmean = partial(jax.lax.pmean, axis_name=axis) if axis else lambda x: x
 
     def init(key, hyper=None):
         key, env_key, net_key = jax.random.split(key, 3)
-        env_state, inputs = lanes.reset(env_key)
-        memory, reset = make_memory(config, jnp.float32).zero_state((N,)), jnp.ones(N, bool)
-        params = network.init(net_key, memory, inputs[None], reset[None])
-        values = {name: jnp.float32(getattr(config, name)) for name in config.SWEEPABLE} | (hyper or {})
-        start = {"count": 1e-4, "mean": 0.0, "var": 1.0}
-        return_stats = {k: jnp.full(len(lanes.tasks), v, jnp.float32) for k, v in start.items()}
-        return RunnerState(params, optimiser.init(params), env_state, inputs, memory, reset, jnp.zeros(N),
-                           return_stats, values, key, jnp.int32(0))
+        env_state, observation = trials.reset(env_key)
+        hidden, reset = network.zero_state((N,)), jnp.ones(N, bool)
+        norm = jax.tree.map(lambda x: no_moments(x.shape[1:]), observation)
+        sequence = jax.tree.map(lambda x: x[None], observation)
+        params = network.init(net_key, norm, hidden, sequence, reset[None])
+        values = {name: jnp.float32(getattr(config, name)) for name in config.SWEEPABLE}
+        return RunnerState(
+            params, norm, optimiser.init(params), env_state, observation, hidden, reset, jnp.zeros(N),
+            no_moments((tasks,)), values | (hyper or {}), key, jnp.int32(0))
 
     def collect(runner):
+        """(runner, Rollout, value (N,) after it)."""
+        act = partial(network.apply, runner.params, method="step")
         prepared = network.apply(runner.params, method="prepare")
         key, action_key = jax.random.split(runner.key)
 
-        def policy(memory, inputs, reset):
-            return network.apply(runner.params, prepared, memory, inputs, reset, method="step")
-
-        def env_step(carry, t):
-            env_state, inputs, memory, reset, slots = carry
-            memory, pi, value = policy(memory, inputs, reset)
-            keys = lanes.keys(jax.random.fold_in(action_key, t))
+        def env_step(runner, t):
+            hidden, pi, value = act(prepared, runner.norm, runner.hidden, runner.observation, runner.reset)
+            keys = trials.split(jax.random.fold_in(action_key, t))
             action, log_prob = jax.vmap(lambda pi, key: pi.sample_and_log_prob(seed=key))(pi, keys)
-            env_state, next_inputs, out = lanes.step(env_state, action, t)
-            entry = (memory, out.final_input, jnp.full(N, t))
-            slots = keep_final_input(slots, out.trial_end & out.truncated & ~out.diverged, entry)
-            stored = Rollout(inputs, reset, action, log_prob, value, out._replace(final_input=jnp.zeros(())))
-            return (env_state, next_inputs, memory, (out.trial_end & forgets) | memoryless, slots), stored
+            env_state, observation, transition = trials.step(runner.env_state, action, t)
+            step = Rollout(runner.observation, runner.reset, action, log_prob, value, transition)
+            reset = {"trial": transition.trial_end, "step": jnp.ones(N, bool),
+                     "never": jnp.zeros(N, bool)}[config.reset]
+            return runner._replace(env_state=env_state, observation=observation, hidden=hidden,
+                                   reset=reset), step
 
-        slots = [(runner.memory, runner.inputs, jnp.full(N, -1))] * num_slots
-        carry = (runner.env_state, runner.inputs, runner.memory, runner.reset, slots)
-        (env_state, inputs, memory, reset, slots), rollout = jax.lax.scan(env_step, carry, jnp.arange(T))
-        # a trial that diverged has no final input; the last sound one, whose value is known, stands in for it
-        final_value = jnp.where(rollout.step.trial_end & rollout.step.truncated, rollout.value, 0.0)
-        for kept_memory, kept_inputs, time in slots:
-            value = policy(kept_memory, kept_inputs, jnp.full(N, memoryless))[2]
-            final_value = jnp.where(jnp.arange(T)[:, None] == time, value, final_value)
-        runner = runner._replace(env_state=env_state, inputs=inputs, memory=memory, reset=reset, key=key)
-        return runner, rollout, final_value, policy(memory, inputs, reset)[2]
+        runner, rollout = jax.lax.scan(env_step, runner, jnp.arange(config.num_steps))
+        _, _, last_value = act(prepared, runner.norm, runner.hidden, runner.observation, runner.reset)
+        return runner._replace(key=key), rollout, last_value
 
-    def loss_fn(params, hyper, memory, rollout, advantage, target):
-        """The clipped loss on the whole sequences of a minibatch; memory: its state before their first step."""
-        _, pi, value = network.apply(params, memory, rollout.inputs, rollout.reset)
-        log_ratio = pi.log_prob(rollout.action) - rollout.log_prob
-        ratio = jnp.exp(log_ratio)
-        clipped = jnp.clip(ratio, 1.0 - hyper["clip_eps"], 1.0 + hyper["clip_eps"])
-        policy_loss = -jnp.minimum(ratio * advantage, clipped * advantage).mean()
-        value_clipped = rollout.value + jnp.clip(value - rollout.value, -hyper["clip_eps"], hyper["clip_eps"])
-        value_loss = 0.5 * jnp.maximum((value - target) ** 2, (value_clipped - target) ** 2).mean()
-        entropy = pi.entropy().mean()
-        return policy_loss + hyper["vf_coef"] * value_loss - hyper["ent_coef"] * entropy, {
-            "policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy,
-            "kl": (ratio - 1.0 - log_ratio).mean(), "clip_fraction": (jnp.abs(ratio - 1.0) > hyper["clip_eps"]).mean()}
+    def learn(params, opt_state, norm, hidden, data, hyper, key):
+        """The gradient steps of one iteration; data: (rollout, advantage, target), all (T, N, ...)."""
 
-    def shuffle_lanes(key):
-        """(M, N / M) lane numbers of M minibatches: of every M neighbours, lanes of one task, each gets one."""
-        M = config.num_minibatches
-        order = jax.vmap(lambda k: jax.random.permutation(k, M))(lanes.keys(key)[::M])  # (N / M, M)
-        return (jnp.arange(0, N, M)[:, None] + order).T
+        def loss_fn(params, hidden, rollout, advantage, target):
+            _, pi, value = network.apply(params, norm, hidden, rollout.observation, rollout.reset)
+            return ppo_loss(pi, value, rollout, advantage, target, hyper)
 
-    def update(runner):
-        memory = runner.memory  # that of the rollout's start
-        runner, rollout, final_value, last_value = collect(runner)
-        hyper, step = runner.hyper, rollout.step
-        reward, returns, return_stats = scale_per_task(
-            step.reward, step.trial_end, runner.returns, runner.return_stats, hyper["gamma"], lanes)
-        advantage = gae(reward, rollout.value, last_value, final_value, step.terminated, step.trial_end,
-                        hyper["gamma"], hyper["gae_lambda"])
-        target = advantage + rollout.value
-        advantage = normalise_per_task(advantage, lanes)
-        remaining = 1.0 - runner.num_updates / config.num_updates
-        lr = hyper["lr"] * (remaining if config.anneal_lr else 1.0)
-        hyper = hyper | {"ent_coef": hyper["ent_coef"] * (remaining if config.anneal_entropy else 1.0)}
-
-        def update_minibatch(train_state, lane_index):
-            params, opt_state = train_state
-            data = rollout._replace(step=None), advantage, target
-            minibatch = jax.tree.map(lambda x: jnp.take(x, lane_index, axis=1), data)
-            start = jax.tree.map(lambda x: jnp.take(x, lane_index, axis=0), memory)
-            found = jax.value_and_grad(loss_fn, has_aux=True)(params, hyper, start, *minibatch)
-            (loss, metrics), gradient = lanes.pmean(found)
+        def gradient_step(carry, index):
+            params, opt_state = carry
+            minibatch = jax.tree.map(lambda x: jnp.take(x, index, axis=1), data)
+            start = jax.tree.map(lambda x: jnp.take(x, index, axis=0), hidden)
+            found = jax.value_and_grad(loss_fn, has_aux=True)(params, start, *minibatch)
+            (loss, metrics), gradient = pmean(found)
             norm = optax.tree.norm(gradient)
             steps, new_opt_state = optimiser.update(gradient, opt_state, params)
-            new_params = optax.apply_updates(params, jax.tree.map(lambda step: -lr * step, steps))
+            new_params = jax.tree.map(lambda p, step: p - hyper["lr"] * step, params, steps)
             finite = jnp.isfinite(norm) & jnp.isfinite(loss)  # if not, the step is skipped
-            train_state = jax.tree.map(lambda *x: jnp.where(finite, *x), (new_params, new_opt_state), train_state)
-            return train_state, metrics | {"grad_norm": norm, "skipped": 1.0 - finite}
+            carry = jax.tree.map(lambda *x: jnp.where(finite, *x), (new_params, new_opt_state), carry)
+            return carry, metrics | {"grad_norm": norm, "skipped": 1.0 - finite}
 
-        key, *epoch_keys = jax.random.split(runner.key, config.update_epochs + 1)
-        lane_index = jnp.concatenate([shuffle_lanes(k) for k in epoch_keys])  # (epochs x minibatches, lanes)
-        (params, opt_state), losses = jax.lax.scan(update_minibatch, (runner.params, runner.opt_state), lane_index)
-        # inputs are normalised anew between iterations only, so that the update replays what was lived
-        stats = merge_stats(params["stats"]["input_norm"], shards * T * N, *lanes.moments(rollout.inputs, (0, 1)))
-        params = params | {"stats": {"input_norm": stats}}
-        runner = runner._replace(params=params, opt_state=opt_state, returns=returns, return_stats=return_stats,
-                                 key=key, num_updates=runner.num_updates + 1)
-        return runner, jax.tree.map(jnp.mean, losses) | lanes.summary(step)
+        def shuffle(key):
+            """(M, N / M) environments of M minibatches: of every M neighbours, each gets one."""
+            M = config.num_minibatches
+            order = jax.vmap(lambda k: jax.random.permutation(k, M))(trials.split(key)[::M])
+            return (jnp.arange(0, N, M)[:, None] + order).T
 
-    return Train(init, update, collect, lanes, network, config.num_updates)
+        index = jnp.concatenate([shuffle(k) for k in jax.random.split(key, config.update_epochs)])
+        carry, metrics = jax.lax.scan(gradient_step, (params, opt_state), index)
+        return *carry, jax.tree.map(jnp.mean, metrics)
+
+    def update(runner):
+        hidden, norm = runner.hidden, runner.norm
+        runner, rollout, last_value = collect(runner)
+        hyper, transition = runner.hyper, rollout.transition
+        reward, returns, reward_scale = scale_rewards(
+            transition.reward, transition.trial_end, runner.returns, runner.reward_scale,
+            hyper["gamma"], pmean)
+        advantage = gae(reward, rollout.value, last_value, transition.terminated,
+                        transition.trial_end, hyper["gamma"], hyper["gae_lambda"])
+        data = (rollout._replace(transition=None), normalise_advantages(advantage, tasks, pmean),
+                advantage + rollout.value)
+        shards = jax.lax.axis_size(axis) if axis else 1
+        whole = dataclasses.replace(config, num_envs=N * shards)
+        left = 1.0 - runner.num_updates / whole.num_updates
+        annealed = hyper | {"lr": hyper["lr"] * (left if "lr" in config.anneal else 1.0),
+                            "ent_coef": hyper["ent_coef"] * (left if "entropy" in config.anneal else 1.0)}
+        key, learn_key = jax.random.split(runner.key)
+        params, opt_state, metrics = learn(
+            runner.params, runner.opt_state, norm, hidden, data, annealed, learn_key)
+        # statistics change between iterations only, so that the update sees the inputs acted on
+        norm = jax.tree.map(
+            lambda old, x: old.merge(shards * x.shape[0] * N, *moments_of(x, (0, 1), pmean)),
+            norm, rollout.observation, is_leaf=lambda x: isinstance(x, Moments))
+        runner = runner._replace(
+            params=params, norm=norm, opt_state=opt_state, returns=returns, reward_scale=reward_scale,
+            key=key, num_updates=runner.num_updates + 1)
+        return runner, metrics | trials.summary(transition)
+
+    return Train(init, update, trials, network, config.num_updates)
 
 
-# ---- Command line ------------------------------------------------------------------------------------------
+# ---- Command line --------------------------------------------------------------------------------
 def main() -> None:
-    """With experiment.py: run folder, seeds, sweeps, logs, checkpoints, plots. Without: one seed, a printed table."""
+    """A run folder with experiment.py, else one seed and a printed table."""
     if importlib.util.find_spec("experiment"):
         import experiment
         return experiment.main(Config, make_train, __doc__)
     config = tyro.cli(Config, description=__doc__)
-    metrics = jax.jit(jax.vmap(make_train(config)))(jax.random.PRNGKey(0)[None])["metrics"]
-    returns = metrics["return"][0].reshape(-1, config.log_every, len(config.env))  # (updates, tasks) -> (lines, ...)
+    metrics = jax.jit(make_train(config))(jax.random.PRNGKey(0))["metrics"]
+    returns = metrics["return"].reshape(-1, config.log_every, len(config.env))  # (lines, updates, tasks)
     print("steps", *config.env, sep="\t")
     for line, means in enumerate(jnp.nanmean(returns, 1), 1):
-        print(line * config.log_every * config.steps_per_update, *(f"{x:.2f}" for x in means), sep="\t")
+        steps = line * config.log_every * config.steps_per_update
+        print(steps, *(f"{x:.2f}" for x in means), sep="\t")
 
 
 if __name__ == "__main__":

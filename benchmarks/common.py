@@ -1,44 +1,45 @@
-"""What the benchmarks share: clock, table, picture. Importing it turns the compilation cache off."""
+"""What the benchmarks share: paths, clock, table, figure. Importing it turns the compilation cache off."""
 
 import csv
 import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
 sys.path.insert(0, str(ROOT))
 
 import jax  # noqa: E402
+import numpy as np  # noqa: E402
 
-from hlo import compile_for  # noqa: E402
+import experiment  # noqa: E402
 
-jax.config.update("jax_compilation_cache_dir", None)  # else compile times would be those of an earlier run
+jax.config.update("jax_compilation_cache_dir", None)  # else compile times are those of an earlier run
 
 
 class Program(NamedTuple):
-    """A compiled function. Call it with the arguments that it was compiled for."""
+    """A compiled function. Call `run` with arguments of the shapes that it was compiled for."""
 
-    run: Any
+    run: Callable
     compile_s: float  # tracing included
-    megabytes: float  # temporaries and outputs, as XLA plans them; arguments are not counted
+    megabytes: float  # temporaries and outputs as XLA plans them, without the arguments
 
 
-def compile_program(function, *args, target=None):
-    """Program of jax.jit(function) for args, for this device or a `target`. The megabytes are known before it runs."""
+def compile_program(function: Callable, *args: Any) -> Program:
+    """Returns jax.jit(function), compiled for args."""
     start = time.perf_counter()
-    compiled = compile_for(target, function, args) if target else jax.jit(function).lower(*args).compile()
+    compiled = jax.jit(function).lower(*args).compile()
     compile_s = time.perf_counter() - start
     memory = compiled.memory_analysis()
     return Program(compiled, compile_s, (memory.temp_size_in_bytes + memory.output_size_in_bytes) / 1e6)
 
 
-def seconds(function, *args, repeats, budget=float("inf")):
-    """Median wall time of a call, synchronised, after one to warm up.
+def seconds(function: Callable, *args: Any, repeats: int, budget: float = float("inf")) -> float:
+    """Returns the median wall time of a call, synchronised, after one call to warm up.
 
-    At least `repeats` calls and a tenth of a second of them, but no further one after `budget` seconds.
+    It makes at least `repeats` calls and a tenth of a second of them, but none after `budget` seconds.
     """
     jax.block_until_ready(function(*args))
     times = []
@@ -49,41 +50,46 @@ def seconds(function, *args, repeats, budget=float("inf")):
     return statistics.median(times)
 
 
-def device():
+def mean_interval(x: np.ndarray) -> dict[str, float]:
+    """Returns mean, 95 % t interval, minimum and number of x (n,) as columns of a table."""
+    x = np.asarray(x, float)
+    mean, low, high = map(float, experiment.t_interval(x))
+    return {"mean": mean, "low": low, "high": high, "worst": float(x.min()), "seeds": len(x)}
+
+
+def device() -> str:
     return f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}"
 
 
-class Table:
-    """Rows printed as they come and kept in a CSV file, which is whole after every row."""
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
-    def __init__(self, path):
+
+class Table:
+    """A CSV file that is complete after every row. Rows are also printed, floats with four digits."""
+
+    def __init__(self, path: Path):
         self.path, self.rows = path, []
         path.parent.mkdir(exist_ok=True, parents=True)
         print(device())
 
-    def add(self, **row):
+    def add(self, **row: Any) -> None:
         row = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}
         if not self.rows:
             print(" ".join(f"{name:>17s}" for name in row))
         self.rows.append(row)
         print(" ".join(f"{value!s:>17s}" for value in row.values()), flush=True)
         with self.path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(self.rows[0]))
+            writer = csv.DictWriter(file, list(self.rows[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(self.rows)
 
 
-def plot_into(path, rows, columns, draw):
-    """PNG of rows x columns panels, each made by draw(axis, row, column)."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(rows, columns, figsize=(4.4 * columns, 3.4 * rows), squeeze=False)
-    for i in range(rows):
-        for j in range(columns):
-            draw(axes[i, j], i, j)
-            axes[i, j].grid(alpha=0.3)
+def plot_into(path: Path, lines: int, columns: int, draw: Callable) -> None:
+    """Writes a PNG of lines x columns panels, each drawn by draw(axis, line, column)."""
+    figure, axes = experiment.panels(lines, columns, 4.4, 3.4)
+    for line, column in np.ndindex(lines, columns):
+        draw(axes[line, column], line, column)
     figure.suptitle(device(), fontsize=9)
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
-    plt.close(figure)

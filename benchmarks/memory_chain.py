@@ -1,61 +1,73 @@
-"""How far back can a memory reach, and at what cost? Return, time and space on bsuite's MemoryChain by length.
+"""How far back a memory reaches, and at what cost: return, time and space on bsuite's MemoryChain by length.
 
-    python benchmarks/memory_chain.py                              # 10,000 episodes of each length, 5 seeds: hours
-    python benchmarks/memory_chain.py --lengths 32 128 --episodes 3000 --trainers s5 lstm --seeds 2
+    python benchmarks/memory_chain.py                              # 10,000 episodes a length, 5 seeds: hours
+    python benchmarks/memory_chain.py --lengths 32 128 --episodes 3000 --memories s5 lstm --seeds 2
 
-A bit is shown at the first step and asked for `length` steps later: the return is 1 or -1, 0 on average without
-memory. The lengths and episodes are those of Lu et al. 2023 (arXiv 2303.03982). An update sees two episodes of each of
-8 environments, whatever the length, so that gradients reach an episode's start; lambda is 0.5, because only one action
-in an episode counts. Like bsuite's, the agents do not see their own last action: random actions add up in a memory and
-drown a bit that was seen once. The transformer attends to a whole episode. All have as many parameters.
+A bit is shown in the first step and asked for `length` steps later. The return is 1 or -1, on average 0
+without memory. Lengths and episodes are those of Lu et al. (arXiv 2303.03982). A rollout holds two episodes
+of each of 8 environments, so that gradients reach an episode's start. Lambda is 0.5, because only one action
+of an episode counts. As in bsuite, agents do not observe their previous action: random actions add up in a
+memory and drown a bit that was shown once. The transformer attends to a whole episode. All memories have as
+many parameters.
 
-Score: mean return over the last tenth of training, with a 95 % interval (t) over seeds. Time is that of training, per
-environment step of one seed; space is what XLA plans for the training of one seed.
+Columns: mean return over the last tenth of training with a 95 % t interval over seeds; microseconds of
+training per environment step of one seed; megabytes that XLA plans for the training of one seed.
 """
 
 import argparse
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common import RESULTS, Table, compile_program, plot_into  # first: it finds the project
+from common import RESULTS, Table, compile_program, mean_interval, plot_into  # first: it finds the project
 
+import devices
 import experiment
-import report
 import train_lstm
 import train_s5
-import train_transformer
 
-TRAINERS = {"s5": train_s5, "lstm": train_lstm, "transformer": train_transformer, "memoryless": train_s5}
+train_transformer = experiment.import_trainer("train_transformer")  # an example
+# a trainer, and the sizes of its memory: the same on every machine, equal in parameters at width 32
+MEMORIES = {
+    "s5": (train_s5, {"layers": 3, "state_size": 32}),
+    "lstm": (train_lstm, {"layers": 1}),
+    "transformer": (train_transformer, {"layers": 2, "heads": 2, "head_size": 16, "hidden_size": 34}),
+    "none": (train_s5, {"layers": 3, "state_size": 32, "reset": "step"}),
+}
 
 
-def make_config(name, length, episodes, **changes):
-    """Configuration of trainer `name` for `episodes` episodes of MemoryChain, changed as asked."""
+def make_config(name: str, length: int, episodes: int, **changes: Any) -> Any:
+    """Returns the Config for `episodes` episodes of MemoryChain with the memory `name`."""
+    trainer, sizes = MEMORIES[name]
     steps = length + 1  # of an episode
-    special = {"transformer": {"window": steps}, "memoryless": {"memory": "none"}}.get(name, {})
-    return experiment.preset(TRAINERS[name].Config, "cpu", **dict(  # the same agent on every machine
-        env=("MemoryChain-bsuite",), env_kwargs=(f"memory_length={length}", f"max_steps_in_episode={steps}"),
-        total_timesteps=episodes * steps, num_envs=8, num_steps=2 * steps, width=32, lr=1e-3, gae_lambda=0.5,
-        anneal_entropy=False, observe_action=False
-    ) | special | changes)
+    fields = dict(
+        env=("MemoryChain-bsuite",), observe_action=False,
+        env_kwargs=(f"memory_length={length}", f"max_steps_in_episode={steps}"),
+        total_timesteps=episodes * steps, num_envs=8, num_steps=2 * steps, num_minibatches=4,
+        width=32, lr=1e-3, gae_lambda=0.5, anneal="lr", **sizes)
+    if name == "transformer":
+        fields["window"] = steps
+    return trainer.Config(**fields | changes)
 
 
-def train_seeds(trainer, config, seeds):
-    """Train `seeds` seeds of `config`, one after another on a CPU.
+def train_seeds(name: str, config: Any, seeds: int) -> dict[str, Any]:
+    """Trains `seeds` seeds, one after another on a CPU.
 
     Returns:
-      {"returns": mean return over the last tenth of training (seeds,), "parameters": of one agent, "us_per_step":
-      microseconds of a seed's step, "megabytes": of a seed's training}.
+      "returns": (seeds,) mean return over the last tenth of training. "parameters": of one agent.
+      "us_per_step", "megabytes": of one seed.
     """
     keys = jax.vmap(jax.random.PRNGKey)(jnp.arange(seeds))
-    program = compile_program(experiment.over_members(trainer.make_train(config)), keys)
+    train = MEMORIES[name][0].make_train(config)
+    program = compile_program(devices.over_agents(train), keys)
     start = time.perf_counter()
     out = jax.block_until_ready(program.run(keys))
     seconds = time.perf_counter() - start
-    returns = np.asarray(out["metrics"]["return"])[..., 0]
+    returns = np.asarray(out["metrics"]["return"])[..., 0]  # (seeds, updates)
     side_by_side = 1 if jax.default_backend() == "cpu" else seeds
     return {"returns": experiment.nanmean(returns[:, -max(1, returns.shape[1] // 10):], 1),
             "parameters": sum(p.size for p in jax.tree.leaves(out["runner"].params)) // seeds,
@@ -63,33 +75,32 @@ def train_seeds(trainer, config, seeds):
             "megabytes": program.megabytes / side_by_side}
 
 
-def mean_interval(x):
-    """Mean and 95 % interval (t) of x (n,) and its worst, as columns."""
-    mean, low, high = map(float, report.t_interval(x))
-    return {"mean": mean, "low": low, "high": high, "worst": float(x.min()), "seeds": len(x)}
+def draw(rows: list[dict], path: Path, reference: list[dict] = ()) -> None:
+    """Writes three panels over the length: return, time, space.
 
-
-def draw(rows, path, reference=()):
-    """Three panels over the length: return, time, space. `reference`: rows of a paper's return, drawn dotted."""
-    names = list(dict.fromkeys(row["trainer"] for row in rows))
+    Args:
+      rows: of the table.
+      path: of the PNG.
+      reference: {"memory", "length", "return"} of a paper, drawn dotted.
+    """
+    labels = {"mean": "return", "us_per_step": "microseconds of training per step",
+              "megabytes": "megabytes of training"}
 
     def panel(axis, _, column):
-        for i, name in enumerate(names):
-            mine = sorted((row for row in rows if row["trainer"] == name), key=lambda row: row["length"])
-            lengths = [row["length"] for row in mine]
-            if column == 0:
-                mean, low, high = (np.array([row[k] for row in mine]) for k in ("mean", "low", "high"))
-                axis.errorbar(lengths, mean, np.nan_to_num([mean - low, high - mean]), fmt="o-", capsize=3,
-                              color=f"C{i}", label=name)
-                theirs = [(row["length"], row["return"]) for row in reference if row["trainer"] == name]
-                if theirs:
-                    axis.plot(*zip(*theirs), ":", color=f"C{i}", label=f"{name}, paper")
-            else:
-                axis.plot(lengths, [row[("us_per_step", "megabytes")[column - 1]] for row in mine], "o-", label=name)
-        label = ("return", "microseconds of training per step", "megabytes of training")[column]
-        axis.set(xscale="log", xlabel="steps between the bit and the question", ylabel=label)
-        if column == 0:
+        y = list(labels)[column]
+        for i, name in enumerate(dict.fromkeys(row["memory"] for row in rows)):
+            mine = sorted((row for row in rows if row["memory"] == name), key=lambda row: row["length"])
+            lengths, values = [row["length"] for row in mine], np.array([row[y] for row in mine])
+            axis.plot(lengths, values, "o-", color=f"C{i}", label=name)
+            if y == "mean":
+                axis.fill_between(lengths, *(np.where(np.isnan(x), values, x) for x in (
+                    np.array([row[k] for row in mine]) for k in ("low", "high"))), color=f"C{i}", alpha=0.2)
+                theirs = [(row["length"], row["return"]) for row in reference if row["memory"] == name]
+                axis.plot(*np.reshape(theirs, (-1, 2)).T, ":", color=f"C{i}")
+        axis.set(xscale="log", xlabel="steps between the bit and the question", ylabel=labels[y])
+        if y == "mean":
             axis.set_ylim(-0.4, 1.1)
+            axis.set_title("dotted: paper" if reference else "")
             axis.legend(fontsize=7)
         else:
             axis.set_yscale("log")
@@ -100,19 +111,19 @@ def draw(rows, path, reference=()):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[2**k for k in range(2, 12)])
-    parser.add_argument("--trainers", nargs="+", default=["s5", "lstm", "transformer"], choices=list(TRAINERS))
+    parser.add_argument("--memories", nargs="+", default=["s5", "lstm", "transformer"], choices=list(MEMORIES))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--episodes", type=int, default=10_000, help="of each length and seed")
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--out", type=Path, default=RESULTS / "memory_chain.csv", help="the picture goes beside it")
+    parser.add_argument("--out", type=Path, default=RESULTS / "memory_chain.csv", help="a picture goes beside it")
     options = parser.parse_args()
     table = Table(options.out)
-    for name in options.trainers:
+    for name in options.memories:
         for length in options.lengths:
             config = make_config(name, length, options.episodes, width=options.width, lr=options.lr)
-            found = train_seeds(TRAINERS[name], config, options.seeds)
-            table.add(length=length, trainer=name, **mean_interval(found.pop("returns")), **found,
+            found = train_seeds(name, config, options.seeds)
+            table.add(length=length, memory=name, **mean_interval(found.pop("returns")), **found,
                       episodes=options.episodes, steps=config.num_updates * config.steps_per_update)
     draw(table.rows, options.out.with_suffix(".png"))
 

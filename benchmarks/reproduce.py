@@ -1,188 +1,111 @@
-"""The figures of Lu et al. 2023 (arXiv 2303.03982) again: runs what is missing, draws ours over the paper's.
+"""The figures of Lu et al. (arXiv 2303.03982) again: runs what is missing, draws ours over the paper's.
 
     python benchmarks/reproduce.py memory              # return on MemoryChain by length: S5, LSTM, self-attention
     python benchmarks/reproduce.py popgym              # five POPGym tasks: S5, GRU, no memory
     python benchmarks/reproduce.py metacart            # projected StatelessCartPole, 16 episodes in a trial
     python benchmarks/reproduce.py dmcontrol runs/A runs/B    # draws finished or running runs on the six tasks
     python benchmarks/reproduce.py popgym --only RepeatPrevious --jobs 1
-    python benchmarks/reproduce.py popgym --draw       # run nothing
+    python benchmarks/reproduce.py popgym --jobs 0     # run nothing, draw what there is
 
-Runs live in runs/paper/, one process per core. Kill it at any moment: the same command goes on where it was, and a
-figure shows what there is and says how far it has come. A run folder made with other flags is refused. Writes
-results/paper/*.csv, *.png and a table, README.md; the paper's numbers are in results/paper/reference_*.csv. Deviations
-from its settings are given where they are chosen.
+Runs are kept in runs/paper/, a process per core. After a kill the same command goes on, and a figure says how
+far each of its runs has come. A run folder that was made with other flags is refused. Writes
+results/paper/*.csv, *.png and a table, README.md; the paper's numbers are in results/paper/reference_*.csv.
+Deviations from its settings are given where they are chosen.
 """
 
 import argparse
 import csv
-import importlib
+import dataclasses
 import json
-import os
-import queue
-import signal
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common import RESULTS, ROOT, plot_into  # first: it finds the project
+from common import RESULTS, mean_interval, plot_into, read_csv  # first: it finds the project
 
 import envs
-import evaluate
 import experiment
 import memory_chain
+from runs import RUNS, Run, Script, add_jobs_flag, launch
 
 PAPER = RESULTS / "paper"
-RUNS = ROOT / "runs" / "paper"
 COLOURS = {"S5": "C0", "S5, never reset": "C4", "LSTM": "C1", "GRU": "C1", "self-attention": "C2", "none": "C7",
            "blind": "C3", "S5, plain": "C9", "LSTM, plain": "C8", "GRU, plain": "C8"}
 
-# The paper: Adam 5e-5, 30 epochs, width 256, 4 layers. At the 4,170 steps/s that results/train_reference.csv has for
-# 4 epochs of that on two cores, 30 would take seven hours for 15 million steps. Here: width 64, the others with as many
-# parameters as S5, 4 epochs at a larger step, and this project's defaults where the paper is silent. Environments,
-# steps, losses, discounts and the absence of annealing and of an entropy bonus are the paper's. No agent is shown the
-# change of its observation: in these tasks that is the velocity which they hide.
-PPO = ("--num-envs 64 --num-steps 1024 --num-minibatches 8 --update-epochs 4 --lr 1e-3 --no-anneal-lr "
-       "--no-anneal-entropy --gamma 0.99 --gae-lambda 1.0 --clip-eps 0.2 --ent-coef 0 --vf-coef 1.0 "
-       "--max-grad-norm 0.5 --log-every 1 --no-observe-change").split()
-TRAINERS = {"S5": ["train_s5.py"], "GRU": ["train_lstm.py", "--cell", "gru"],
-            "none": ["train_s5.py", "--memory", "none"], "S5, never reset": ["train_s5.py", "--memory", "unreset"],
-            "S5, plain": ["train_s5.py", "--no-identify"],
-            "GRU, plain": ["train_lstm.py", "--cell", "gru", "--no-identify"]}
-POPGYM = ("StatelessCartPoleHard", "NoisyStatelessCartPoleHard", "StatelessPendulumHard", "NoisyStatelessPendulumHard",
-          "RepeatPreviousHard")
+# The paper: Adam 5e-5, 30 epochs, width 256, 4 layers. At the 4,170 steps/s that results/train_reference.csv
+# has for 4 epochs of that on two cores, 30 would take seven hours for 15 million steps. Here: width 64, the
+# others with as many parameters as S5, 4 epochs at a larger step, and this project's defaults where the paper
+# is silent. Environments, steps, losses, discounts and the absence of annealing and of an entropy bonus are
+# the paper's. No agent observes the change of its observation: in these tasks that is the velocity, which
+# they hide.
+PPO = ["--num-envs", "64", "--num-steps", "1024", "--num-minibatches", "8", "--update-epochs", "4",
+       "--lr", "1e-3", "--anneal", "none", "--gamma", "0.99", "--gae-lambda", "1.0", "--clip-eps", "0.2",
+       "--ent-coef", "0", "--vf-coef", "1.0", "--log-every", "1",
+       "--no-observe-change"]
+VARIANTS = {
+    "S5": ("train_s5", []),
+    "GRU": ("train_lstm", ["--cell", "gru"]),
+    "none": ("train_s5", ["--reset", "step"]),
+    "S5, never reset": ("train_s5", ["--reset", "never"]),
+    "S5, plain": ("train_s5", ["--no-sysid"]),
+    "GRU, plain": ("train_lstm", ["--cell", "gru", "--no-sysid"]),
+}
+POPGYM = ("StatelessCartPoleHard", "NoisyStatelessCartPoleHard", "StatelessPendulumHard",
+          "NoisyStatelessPendulumHard", "RepeatPreviousHard")
 CHAIN = {"S5": "s5", "LSTM": "lstm", "self-attention": "transformer"}
 SEEDS = range(4)
 EPISODES, SHOWN, TRIALS = 16, 32, 64  # of a trial: trained on, evaluated on; and trials that are evaluated
 BUDGETS = (5, 10, 20, 50, 100, 300, 500)  # million frames
 
 
-# ---- Runs --------------------------------------------------------------------------------------------------
-class Run(NamedTuple):
-    """Something to be run: a run folder of a trainer, or a table that a script writes in one go."""
-
-    path: Path
-    command: list  # script and flags
-    steps: int  # environment steps of a run folder; 0 for a table
-    memory: str
-    seed: int = 0
-    task: str = ""
-
-    def reached(self):
-        """Environment steps of the run folder so far. ValueError: it was made with other flags than these."""
-        if not (self.path / "config.json").exists():
-            return 0
-        trainer = importlib.import_module(Path(self.command[0]).stem)
-        config, options = experiment.read_run(self.path, trainer.Config)
-        flags = [*self.command[1:], "--preset", options.preset]
-        if experiment.parse_flags(trainer.Config, args=flags)[0] != config:
-            raise ValueError(f"{self.path} was made with other flags than {' '.join(flags)}: move it away")
-        rows = experiment.read_metrics(self.path) if (self.path / "metrics.csv").exists() else []
-        return int(rows[-1]["steps"]) if rows else 0
-
-    def todo(self):
-        """The command that starts or continues it, None if it is complete."""
-        if not self.steps:
-            return None if self.path.exists() else self.command
-        if (self.path / "config.json").exists():
-            return [self.command[0], "--resume", str(self.path)] if self.reached() < self.steps else None
-        return [*self.command, "--runs-dir", str(self.path.parent), "--name", self.path.name]
-
-
-def trainer_runs(figure, steps, arms, tasks):
-    """Run folders of every task, arm (memory: its flags) and seed, seeds outermost: a part of it is a whole figure.
-
-    Each takes one device, whatever --jobs is, for a run goes on with as many as it began with.
-    """
-    return [Run(RUNS / figure / f"{task}-{memory.replace(', ', '-').replace(' ', '-')}-{seed}",
-                [*TRAINERS[memory], "--env", f"popgym:{task}", *flags, *PPO, "--total-timesteps", str(steps), "--seed",
-                 str(seed), "--devices", "1", "--no-evaluate", "--no-tensorboard"], steps, memory, seed, task)
-            for seed in SEEDS for task in tasks for memory, flags in arms.items()]
+# ---- Runs ----------------------------------------------------------------------------------------
+def trainer_runs(figure, steps, variants, tasks):
+    """Returns runs of every task, variant {name: flags} and seed, seeds outermost: each seed is a figure."""
+    runs = []
+    for seed in SEEDS:
+        for task in tasks:
+            for name, flags in variants.items():
+                trainer, own = VARIANTS[name]
+                path = RUNS / "paper" / figure / f"{task}-{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+                flags = [*own, "--env", f"popgym:{task}", *flags, *PPO]
+                runs.append(Run(path, trainer, flags, steps, seed, name, task))
+    return runs
 
 
 def runs_of(figure):
     if figure == "memory":
-        return [Run(RUNS / figure / f"{name}-{length}.csv",
-                    ["benchmarks/memory_chain.py", "--trainers", trainer, "--lengths", str(length)], 0, name)
-                for length in (2**k for k in range(2, 12)) for name, trainer in CHAIN.items()]
+        return [Script(RUNS / "paper" / figure / f"{name}-{length}.csv",
+                       ["benchmarks/memory_chain.py", "--memories", memory, "--lengths", str(length)], name)
+                for length in (2**k for k in range(2, 12)) for name, memory in CHAIN.items()]
     if figure == "popgym":
-        # RepeatPrevious delays 64 suits: with 64 states a layer the return was -0.40 after 2 million steps, with the
-        # paper's 256 it was -0.02. The GRU's units are such that its memory has as many parameters.
+        # RepeatPrevious delays 64 suits: with 64 states a layer the return was -0.40 after 2 million steps,
+        # with the paper's 256 it was -0.02. The GRU is as wide as its memory needs for as many parameters.
         s5 = ["--layers", "2", "--state-size", "256"]
-        return trainer_runs(figure, 15_000_000, {"S5": s5, "GRU": ["--hidden-size", "129"], "none": s5}, POPGYM)
+        return trainer_runs(figure, 15_000_000, {"S5": s5, "GRU": ["--width", "101"], "none": s5}, POPGYM)
     if figure == "metacart":
-        # The paper's released code projects by orthogonal 4 x 2 matrices and starts every episode of a trial in the
-        # same state. Here the start is fresh in every episode and the two actions may be swapped: a harder task. A
-        # fifth of its 50 million steps. What sysid.py shows contains velocities; "plain" goes without it.
+        # The paper's released code projects by orthogonal 4 x 2 matrices and starts every episode of a trial
+        # in the same state. Here the start is new in every episode and the two actions may be swapped: a
+        # harder task. A fifth of its 50 million steps. sysid features contain velocities; "plain" is without.
         flags = ["--projection", "orthogonal", "--obs-size", "4", "--episodes-per-trial", str(EPISODES),
                  "--no-privileged-critic"]
-        return trainer_runs(figure, 10_000_000, dict.fromkeys(TRAINERS, flags), ("StatelessCartPoleEasy",))
+        return trainer_runs(figure, 10_000_000, dict.fromkeys(VARIANTS, flags), ("StatelessCartPoleEasy",))
     return []
 
 
-def launch(runs, jobs):
-    """Run what is not complete, `jobs` processes at a time, each on a core of its own. Returns how many failed."""
-    waiting = [run for run in runs if run.todo()]
-    print(f"{len(runs) - len(waiting)} of {len(runs)} runs are complete", flush=True)
-    cores = queue.Queue()
-    usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
-    for i in range(jobs):
-        cores.put(usable[i % len(usable)] if usable and jobs > 1 else None)
-    running = set()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no run outlives this process
-
-    def work(run):
-        core = cores.get()
-        log = run.path.with_suffix(".log") if run.steps == 0 else run.path.parent / f"{run.path.name}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        command = run.todo()
-        if run.steps == 0:  # a table appears when it is whole
-            command = [*command, "--out", str(run.path.with_suffix(".partial"))]
-        print(f"starting {run.path.name}" + ("" if core is None else f" on core {core}"), flush=True)
-        with log.open("a") as output:
-            process = subprocess.Popen([sys.executable, str(ROOT / command[0]), *command[1:]], cwd=ROOT,
-                                       stdout=output, stderr=output)
-        running.add(process)
-        if core is not None:  # before it has started any threads, which inherit it
-            os.sched_setaffinity(process.pid, {core})
-        failed = process.wait()
-        running.remove(process)
-        if not failed and run.steps == 0:
-            run.path.with_suffix(".partial").rename(run.path)
-        cores.put(core)
-        print(f"{'FAILED, see ' + str(log) if failed else 'finished'} {run.path.name}", flush=True)
-        return failed != 0
-
-    with ThreadPoolExecutor(jobs) as pool:
-        try:
-            return sum(pool.map(work, waiting))
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in list(running):
-                process.terminate()
-            sys.exit(130)
-
-
-# ---- Tables ------------------------------------------------------------------------------------------------
-def read_csv(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
+# ---- Tables --------------------------------------------------------------------------------------
 def row(memory, at, paper, ours, frames):
-    """A row of a figure's table: `ours` (seeds,) at `at` (a task, a length, ...) when the slowest has seen `frames`."""
-    found = memory_chain.mean_interval(np.asarray(ours, float))
-    return {"memory": memory, "at": at, "paper": paper, "ours": found.pop("mean"), **found,
+    """Returns a row of a figure's table: `ours` (seeds,) at `at` after `frames` steps of the slowest seed."""
+    columns = mean_interval(ours)
+    return {"memory": memory, "at": at, "paper": paper, "ours": columns.pop("mean"), **columns,
             "million_frames": frames / 1e6}
 
 
 def write_table(figure, rows):
-    """results/paper/<figure>.csv, and README.md from the tables of all figures."""
+    """Writes results/paper/FIGURE.csv, and README.md from the tables of all figures."""
     with (PAPER / f"{figure}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
@@ -202,39 +125,44 @@ def write_table(figure, rows):
     (PAPER / "README.md").write_text("\n".join(text) + "\n")
 
 
-def group(runs):
-    """{(memory, task): run folders with at least one logged update}."""
+def begun(runs):
+    """Returns {(variant, task): runs with at least one logged update}."""
     groups = {}
     for run in runs:
         if run.reached():
-            groups.setdefault((run.memory, run.task), []).append(run)
+            groups.setdefault((run.variant, run.task), []).append(run)
     return groups
 
 
-def label(memory, runs):
-    """What a line is, with how far its slowest seed has come."""
-    return f"{memory}, seeds: {len(runs)}, {min(run.reached() for run in runs) / 1e6:.3g}M"
+def label(variant, runs):
+    """Returns a line's label: how many seeds, and how far the slowest has come."""
+    return f"{variant}, seeds: {len(runs)}, {min(run.reached() for run in runs) / 1e6:.3g}M"
 
 
-# ---- Figures -----------------------------------------------------------------------------------------------
+# ---- Figures -------------------------------------------------------------------------------------
 def draw_memory(runs):
     """Lengths whose tables are gone or on another machine stay as results/paper/memory.csv has them.
 
-    Delete that file when the settings change: it does not know them.
+    Delete that file when the settings change.
     """
-    reference = [{"trainer": r["memory"], "length": int(r["length"]), "return": float(r["return"])}
+    reference = [{"memory": r["memory"], "length": int(r["length"]), "return": float(r["return"])}
                  for r in read_csv(PAPER / "reference_memory.csv")]
-    theirs = {(r["length"], r["trainer"]): r["return"] for r in reference}
+    theirs = {(r["length"], r["memory"]): r["return"] for r in reference}
     columns = ("ours", "low", "high", "worst", "seeds", "million_frames", "us_per_step", "megabytes")
     table = PAPER / "memory.csv"
     found = {f"{r['memory']}-{r['at']}": r for r in (read_csv(table) if table.exists() else [])}
     for run in runs:
         for r in read_csv(run.path) if run.path.exists() else []:
-            found[run.path.stem] = r | {"at": r["length"], "ours": r["mean"], "million_frames": float(r["steps"]) / 1e6}
-    rows = [{"memory": run.memory, "at": int(r["at"]), "paper": theirs[int(r["at"]), run.memory]}
-            | {k: float(r[k]) for k in columns} for run in runs if (r := found.get(run.path.stem))]
-    memory_chain.draw([r | {"trainer": r["memory"], "length": r["at"], "mean": r["ours"]} for r in rows],
-                      PAPER / "memory.png", reference)
+            frames = float(r["steps"]) / 1e6
+            found[run.path.stem] = r | {"at": r["length"], "ours": r["mean"], "million_frames": frames}
+    rows = []
+    for run in runs:
+        if run.path.stem in found:
+            r = found[run.path.stem]
+            at = int(r["at"])
+            rows.append({"memory": run.variant, "at": at, "paper": theirs[at, run.variant]}
+                        | {k: float(r[k] or "nan") for k in columns})
+    memory_chain.draw([r | {"length": r["at"], "mean": r["ours"]} for r in rows], PAPER / "memory.png", reference)
     return rows
 
 
@@ -244,16 +172,16 @@ def best_return(run):
 
 
 def popgym_scores(runs):
-    """{(memory, task): [(best return, environment steps) of every seed]}, kept in results/paper/popgym_runs.csv.
+    """Returns {(variant, task): [(best return, environment steps) of every seed]}.
 
-    So runs count whose folders are gone or on another machine, as long as no folder has come further. Delete the file
-    when their settings change: it does not know them.
+    They are kept in results/paper/popgym_runs.csv, so that runs count whose folders are gone or on another
+    machine, as long as no folder has come further. Delete that file when the settings change.
     """
     stored, scores = PAPER / "popgym_runs.csv", {}
     for r in read_csv(stored) if stored.exists() else []:
         scores[r["memory"], r["task"], int(r["seed"])] = float(r["best_return"]), int(r["steps"])
     for run in runs:
-        key, reached = (run.memory, run.task, run.seed), run.reached()
+        key, reached = (run.variant, run.task, run.seed), run.reached()
         if reached and reached >= scores.get(key, (0, 0))[1]:
             scores[key] = best_return(run), reached
     with stored.open("w", newline="") as file:
@@ -261,8 +189,8 @@ def popgym_scores(runs):
         writer.writerow(("memory", "task", "seed", "best_return", "steps"))
         writer.writerows((*key, f"{best:.4g}", steps) for key, (best, steps) in sorted(scores.items()))
     found = {}
-    for (memory, task, _), score in scores.items():
-        found.setdefault((memory, task), []).append(score)
+    for (variant, task, _), score in scores.items():
+        found.setdefault((variant, task), []).append(score)
     return found
 
 
@@ -291,68 +219,81 @@ def draw_popgym(runs):
 
 
 def returns_by_episode(run):
-    """Mean return of episodes 1 ... SHOWN of a trial, of the newest checkpoint: (SHOWN,) and its environment steps.
+    """Returns (mean return of episodes 1 ... SHOWN of a trial (SHOWN,), environment steps) of the newest agent.
 
-    Of the second trial of TRIALS environments, so that the agent that is never reset has something to remember.
+    They are those of the second trial of TRIALS environments, so that the agent which is never reset has
+    something to remember.
     """
     stored = run.path / "by_episode.json"
     if stored.exists():
         found = json.loads(stored.read_text())
         if found["steps"] == run.reached():
             return np.array(found["returns"]), found["steps"]
-    agent = evaluate.load(run.path)
-    config, trainer = agent.config, agent.trainer
-    lanes = trainer.make_lanes(config, num_lanes=TRIALS, stagger=False, episodes_per_trial=SHOWN)
-    network = trainer.make_train(config).network
-    params = jax.tree.map(lambda x: x[0], agent.params)
-    key = jax.random.PRNGKey(run.seed)
+    agent = experiment.read_agent(run.path)
+    trainer = experiment.import_trainer(agent["trainer"])
+    config = trainer.Config(**agent["config"])
+    steps = agent["update"] * config.steps_per_update
+    returns = play_two_trials(trainer, config, agent, run.seed)
+    stored.write_text(json.dumps({"steps": steps, "returns": returns.tolist()}))
+    return returns, steps
+
+
+def play_two_trials(trainer, config, agent, seed):
+    """Returns the mean return of every episode (SHOWN,) of the second trial of TRIALS environments."""
+    config = dataclasses.replace(config, num_envs=TRIALS, num_minibatches=1, episodes_per_trial=SHOWN)
+    train, key = trainer.make_train(config), jax.random.PRNGKey(seed)
+    trials, network = train.trials, train.network
+    shapes = jax.eval_shape(train.init, key)
+    params, norm = (jax.tree.map(lambda x: x[0], flax.serialization.from_state_dict(getattr(shapes, name), agent[name]))
+                    for name in ("params", "norm"))
 
     def play():
         prepared = network.apply(params, method="prepare")
-        state, inputs = lanes.reset(key)
-        memory = trainer.make_memory(config, jnp.float32).zero_state((TRIALS,))
+        state, observation = trials.reset(key, stagger=False)
 
         def step(carry, t):
-            state, inputs, memory, reset, trial, totals = carry
-            memory, pi, _ = network.apply(params, prepared, memory, inputs, reset, method="step")
+            state, observation, hidden, reset, trial, totals = carry
+            hidden, pi, _ = network.apply(
+                params, prepared, norm, hidden, observation, reset, method="step", critic=False)
             action = pi.sample(seed=jax.random.fold_in(key, t))
-            episode = state.episode
-            state, inputs, out = lanes.step(state, action, t)
-            totals = totals.at[jnp.arange(TRIALS), episode].add(jnp.where(trial == 1, out.reward, 0.0))
-            reset = (out.trial_end & (config.memory != "unreset")) | (config.memory == "none")
-            return (state, inputs, memory, reset, trial + out.trial_end, totals), None
+            episode = state.counters.episode
+            state, observation, transition = trials.step(state, action, t)
+            reward = jnp.where(trial == 1, transition.reward, 0.0)
+            totals = totals.at[jnp.arange(TRIALS), episode].add(reward)
+            reset = (transition.trial_end & (config.reset != "never")) | (config.reset == "step")
+            return (state, observation, hidden, reset, trial + transition.trial_end, totals), None
 
-        carry = (state, inputs, memory, jnp.ones(TRIALS, bool), jnp.zeros(TRIALS, int), jnp.zeros((TRIALS, SHOWN)))
-        return jax.lax.scan(step, carry, jnp.arange(2 * lanes.trial_length))[0][-1]
+        hidden = network.zero_state((TRIALS,))
+        carry = (state, observation, hidden, jnp.ones(TRIALS, bool), jnp.zeros(TRIALS, int),
+                 jnp.zeros((TRIALS, SHOWN)))
+        return jax.lax.scan(step, carry, jnp.arange(2 * trials.trial_length))[0][-1]
 
-    returns = np.asarray(jax.jit(play)()).mean(0)
-    stored.write_text(json.dumps({"steps": agent.steps, "returns": returns.tolist()}))
-    return returns, agent.steps
+    return np.asarray(jax.jit(play)()).mean(0)
 
 
 def draw_metacart(runs):
     reference = read_csv(PAPER / "reference_metacart.csv")
     rows, ours, curves = [], {}, {}
-    for (memory, task), members in group(runs).items():
-        found, steps = zip(*[returns_by_episode(run) for run in members])
-        ours[memory] = np.array(found), members
+    for (memory, task), same in begun(runs).items():
+        found, steps = zip(*[returns_by_episode(run) for run in same])
+        ours[memory] = np.array(found), same
         theirs = {r["episode"]: float(r["return"]) for r in reference if r["memory"] == memory.removesuffix(", plain")}
         at = {f"episode {e}": (theirs.get(str(e), ""), ours[memory][0][:, e - 1]) for e in (1, 2, 4, 8, 16, 20, 26, 32)}
         late = ours[memory][0][:, 12:16].mean(1)
         at["episodes 13 to 16"] = (theirs["13"] + theirs["16"]) / 2, late
-        logs = [experiment.read_metrics(run.path) for run in members]
+        logs = [experiment.read_metrics(run.path) for run in same]
         curves[memory] = [np.array([(r["steps"], EPISODES * r[f"return/popgym:{task}"]) for r in log]) for log in logs]
         best = [np.nanmax(curve[:, 1]) for curve in curves[memory]]
         at["best sum of 16"] = theirs["sum of 16"], best
         rows += [row(memory, k, *v, min(steps)) for k, v in at.items()]
 
     def panel(axis, _, column):
-        for memory, (found, members) in ours.items():
+        for memory, (found, same) in ours.items():
             colour = COLOURS[memory]
             theirs = {r["episode"]: float(r["return"]) for r in reference if r["memory"] == memory}  # none of "plain"
             best = theirs.pop("sum of 16", None)
             if column == 0:
-                axis.plot(np.arange(SHOWN) + 1, found.mean(0), color=colour, label=label(memory, members))
+                axis.plot(np.arange(SHOWN) + 1, found.mean(0), color=colour, label=label(memory, same))
                 axis.fill_between(np.arange(SHOWN) + 1, found.min(0), found.max(0), color=colour, alpha=0.2, lw=0)
                 axis.plot([int(episode) for episode in theirs], list(theirs.values()), ":", color=colour)
             else:
@@ -372,22 +313,27 @@ def draw_metacart(runs):
 
 
 def read_six(folder):
-    """(memory, million frames planned), seeds' rows of metrics.csv as arrays; of a run on the six tasks.
+    """Returns (variant, million frames planned) and metrics.csv, an array for each seed, of a run on the six tasks.
 
-    The plan belongs to it because the learning rate follows it. Raises ValueError if it is a run on other tasks.
+    The plan distinguishes runs because the learning rate follows it. An array has the columns steps and the
+    return of each task.
+
+    Raises:
+      ValueError: it is a run on other tasks.
     """
     config, _ = experiment.read_run(folder)
     tasks = [task.removeprefix("dmc:") for task in config.env]
     if set(tasks) != set(envs.TRAIN_TASKS):
         raise ValueError(f"{folder} is a run on {', '.join(tasks)}, not on the six training tasks")
-    memory = {"train_s5": "S5", "train_lstm": "LSTM", "train_transformer": "self-attention"}[type(config).__module__]
-    memory += "" if config.identify else ", plain"
-    memory = "blind" if config.observe == "none" else "none" if config.memory == "none" else memory
+    variant = {"train_s5": "S5", "train_lstm": "LSTM", "train_transformer": "self-attention"}[
+        experiment.trainer_of(type(config))]
+    variant += "" if config.sysid else ", plain"
+    variant = "blind" if config.blind else "none" if config.reset == "step" else variant
     seeds = {}
     for r in experiment.read_metrics(folder):
         values = [r[f"return/{name}"] for name in config.env]
         seeds.setdefault(r["seed"], []).append([r["steps"], *[values[tasks.index(t)] for t in envs.TRAIN_TASKS]])
-    return (memory, config.total_timesteps / 1e6), [np.array(rows) for rows in seeds.values()]
+    return (variant, config.total_timesteps / 1e6), [np.array(rows) for rows in seeds.values()]
 
 
 def near(rows, steps):
@@ -451,26 +397,22 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("figure", choices=[*FIGURES, "dmcontrol"])
     parser.add_argument("folders", nargs="*", type=Path, help="run folders (dmcontrol only)")
-    parser.add_argument("--jobs", type=int, default=experiment.num_cores(), help="processes (default: one per core)")
     parser.add_argument("--only", nargs="+", default=[""], help="only runs whose name contains one of these")
-    parser.add_argument("--draw", action="store_true", help="run nothing, draw what there is")
+    add_jobs_flag(parser)
     options = parser.parse_args()
     if (options.figure == "dmcontrol") != bool(options.folders):
         parser.error("dmcontrol draws the run folders that it is given; the other figures have their own")
-    if options.jobs < 1:
-        parser.error(f"--jobs must be at least 1, got {options.jobs}")
     runs = runs_of(options.figure)
     chosen = [run for run in runs if any(part in run.path.name for part in options.only)]
     if runs and not chosen:
         parser.error(f"--only {' '.join(options.only)} matches none of {', '.join(run.path.name for run in runs)}")
     try:
-        failed = launch(chosen, options.jobs) if chosen and not options.draw else 0
+        failed = launch(chosen, options.jobs) if options.jobs else 0
         rows = draw_dmcontrol(options.folders) if options.folders else FIGURES[options.figure](runs)
     except ValueError as error:
         parser.error(str(error))
     if not rows:
         parser.error("nothing to draw yet")
-    PAPER.mkdir(parents=True, exist_ok=True)
     write_table(options.figure, rows)
     print(f"wrote {PAPER / options.figure}.csv and .png")
     sys.exit(failed > 0)

@@ -1,27 +1,29 @@
-"""Eight seeds in one compiled function against eight runs of one seed each, compilation included.
+"""Many seeds in one compiled function against as many runs of one seed each, compilation included.
 
-    python benchmarks/seeds.py                                              # CartPole-v1, 200,000 steps a seed
-    python benchmarks/seeds.py --env finger-spin --seeds 4 --total-timesteps 1000000
+    python benchmarks/seeds.py                                     # CartPole-v1, 200,000 steps a seed, 8 seeds
+    python benchmarks/seeds.py --seeds 8 32 128                    # on an accelerator
+    python benchmarks/seeds.py --env finger-spin --total-timesteps 1000000
 
-Together they run as in the trainers: side by side on an accelerator, one after another on a CPU. Both sides compile
-from nothing: no persistent cache, and jax's own caches are cleared before every run.
+Together they run as in experiment.py: side by side on an accelerator, one after another on a CPU. The
+separate runs are one run, measured once, times the number of seeds. Nothing is cached.
 """
 
 import argparse
 import time
 from pathlib import Path
+from typing import Callable
 
 import jax
 import jax.numpy as jnp
 
 from common import RESULTS, Table  # first: it finds the project
 
-import experiment
+import devices
 import train_s5
 
 
-def run(function, *args):
-    """(seconds to compile, seconds to run) of jax.jit(function)(*args), nothing cached."""
+def run(function: Callable, *args) -> tuple[float, float]:
+    """Returns (seconds to compile, seconds to run) of jax.jit(function)(*args)."""
     jax.clear_caches()
     start = time.perf_counter()
     compiled = jax.jit(function).lower(*args).compile()
@@ -33,21 +35,21 @@ def run(function, *args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", nargs="+", default=["CartPole-v1"])
-    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[8])
     parser.add_argument("--total-timesteps", type=int, default=200_000, help="of one seed")
-    parser.add_argument("--num-envs", type=int, default=train_s5.Config().num_envs)
+    parser.add_argument("--num-envs", type=int, default=192)
     parser.add_argument("--out", type=Path, default=RESULTS / "seeds.csv")
     options = parser.parse_args()
-    config = train_s5.Config(env=tuple(options.env), total_timesteps=options.total_timesteps,
-                             num_envs=options.num_envs)
-    keys = jax.vmap(jax.random.PRNGKey)(jnp.arange(options.seeds))
-    separate = [run(train_s5.make_train(config), key) for key in keys]
-    together = run(experiment.over_members(train_s5.make_train(config)), keys)
+    train = train_s5.make_train(train_s5.Config(
+        env=tuple(options.env), total_timesteps=options.total_timesteps, num_envs=options.num_envs))
+    one_compile, one_run = run(train, jax.random.PRNGKey(0))
     table = Table(options.out)
-    for name, (compile_s, run_s) in (("separate", map(sum, zip(*separate))), ("together", together)):
-        table.add(seeds=name, compile_s=compile_s, run_s=run_s, total_s=compile_s + run_s)
-    total = [row["total_s"] for row in table.rows]
-    print(f"\n{options.seeds} seeds together take {total[0] / total[1]:.2f} times less time than separately")
+    for seeds in options.seeds:
+        keys = jax.vmap(jax.random.PRNGKey)(jnp.arange(seeds))
+        together_compile, together_run = run(devices.over_agents(train), keys)
+        table.add(seeds=seeds, separate_s=seeds * (one_compile + one_run), separate_run_s=seeds * one_run,
+                  together_s=together_compile + together_run, together_run_s=together_run,
+                  ratio=seeds * (one_compile + one_run) / (together_compile + together_run))
 
 
 if __name__ == "__main__":

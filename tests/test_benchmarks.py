@@ -5,7 +5,10 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,41 +16,79 @@ import numpy as np
 import pytest
 
 import envs
+import experiment
 import train_lstm
 import train_s5
 
-FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+FOLDER = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.usefixtures("quick")
+TRAINERS = {"train_s5": train_s5, "train_lstm": train_lstm}
 
 
-def run(script, folder, *flags, picture=True):
-    """(rows of the CSV, everything printed)."""
-    out = folder / "deeper" / "table.csv"
-    command = [sys.executable, str(FOLDER / f"{script}.py"), "--out", str(out), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder,
-                          env=os.environ | {"JAX_PLATFORMS": "cpu"})
-    assert done.returncode == 0, done.stderr
-    assert not picture or out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    with out.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return rows, done.stdout
+@pytest.fixture
+def main(load, tmp_path, monkeypatch, capsys):
+    """main(module, *flags): rows of the table, what was printed. `module` may be the name of a script."""
+    def main(module, *flags, picture=True, code=None):
+        module, out = load(module) if isinstance(module, str) else module, tmp_path / "deeper" / "table.csv"
+        monkeypatch.setattr(sys, "argv", ["benchmark", "--out", str(out), *flags])
+        if code is None:
+            module.main()
+        else:
+            with pytest.raises(SystemExit) as end:
+                module.main()
+            assert end.value.code == code
+        assert not picture or out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+        printed = "".join(capsys.readouterr())
+        return (list(csv.DictReader(out.open(newline=""))) if out.exists() else []), printed
+
+    return main
 
 
-def test_sequence(tmp_path):
-    rows, printed = run("sequence", tmp_path, "--repeats", "1", "--lengths", "8", "16", "--batches", "2",
-                        "--width", "8", "--layers", "1")
-    models = ("S5 sequential", "S5 parallel", "LSTM", "GRU", "transformer")
+def write_run(path, config, rows):
+    """A run folder with these rows of metrics.csv."""
+    experiment.open_folder(config, experiment.Options(out=str(path)))
+    with (path / "metrics.csv").open("w", newline="") as file:
+        experiment.write_rows(file, rows)
+
+
+def config_of(run):
+    """The Config and Options that the command of a run gives its trainer."""
+    return experiment.parse_flags(TRAINERS[run.trainer].Config, args=run.command[1:])
+
+
+# ---- Speed ---------------------------------------------------------------------------------------
+def test_sequence_measures_every_cost_at_every_length(main):
+    rows, _ = main("sequence", "--repeats", "1", "--lengths", "8", "16", "--batches", "2", "--width", "8",
+                   "--layers", "1", "--models", "S5 sequential", "transformer")
+    models = ("S5 sequential", "transformer")
     both = {(m, c, n) for m in models for c in ("forward", "forward+backward") for n in ("8", "16")}
-    acting = {(m, "acting", "8") for m in models if m != "S5 parallel"} | {("transformer", "acting", "16")}
-    assert {(r["model"], r["cost"], r["length"]) for r in rows} == both | acting and len(rows) == 25
+    acting = {("S5 sequential", "acting", "8"), ("transformer", "acting", "8"), ("transformer", "acting", "16")}
+    assert {(r["model"], r["cost"], r["length"]) for r in rows} == both | acting and len(rows) == 11
     measured = ("ms", "tokens_per_s", "megabytes", "compile_s", "parameters")
     assert all(float(row[column]) > 0 for row in rows for column in measured)
-    assert printed.count("(16 the longest)") == 11
 
 
-def test_physics(tmp_path):
-    rows, _ = run("physics", tmp_path, "--repeats", "1", "--tasks", "pendulum-swingup", "--batches", "4",
-                  "--mjx-batch", "2", "--steps", "64", "--threads", "2")
+def test_sequence_has_five_memories_of_one_interface(load):
+    memories = load("sequence").make_memories(8, 1)
+    assert list(memories) == ["S5 sequential", "S5 parallel", "LSTM", "GRU", "transformer"]
+    x, reset = jnp.zeros((4, 2, 8)), jnp.zeros((4, 2), bool)
+    for make in memories.values():
+        memory = make(4)
+        hidden = memory.zero_state((2,))
+        (_, y), _ = jax.eval_shape(memory.init_with_output, jax.random.PRNGKey(0), hidden, x, reset)
+        assert y.shape == x.shape
+
+
+def test_exponent_is_the_slope_at_the_longest_lengths(load):
+    points = [(n, 1e-3 * n**2) for n in (64, 256, 1024)]
+    exponent = load("sequence").exponent
+    np.testing.assert_allclose(exponent([(16, 5.0), *points]), 2)
+    assert np.isnan(exponent(points[:1]))
+
+
+def test_physics_compares_backends(main):
+    rows, _ = main("physics", "--repeats", "1", "--tasks", "pendulum-swingup", "--batches", "4", "--mjx-batch", "2",
+                   "--steps", "64", "--threads", "2")
     assert [(r["backend"], r["batch"]) for r in rows] == [
         ("fused", "4"), ("C-1-thread", "4"), ("C-2-threads", "4"), ("mjx", "2")]
     assert all(float(r["steps_per_s"]) > 0 for r in rows)
@@ -56,27 +97,245 @@ def test_physics(tmp_path):
     assert 0 < float(rows[0]["error_qpos_200"]) < 1e-2 and not rows[3]["error_qpos_200"]
 
 
-def test_train(tmp_path):
-    sizes = ("num_envs=4", "num_steps=8", "num_minibatches=2", "layers=1", "width=8", "state_size=6")
-    rows, _ = run("train", tmp_path, "--repeats", "1", "--trainers", "train_s5", "--env", "CartPole-v1",
-                  "--lanes", "--rollouts", "--widths", "--seeds", "--set", *sizes)
-    [row] = rows
-    parts = [float(row[f"{part}_%"]) for part in ("environment", "acting", "update")]
-    np.testing.assert_allclose(sum(parts), 100, 1e-2)
-    assert float(row["cached_compile_s"]) > 0 and float(row["cold_compile_s"]) > 0
-    assert float(row["megabytes"]) > 0 and np.isfinite(float(row["of_matmul_%"]))
-    # products per step: encoders (13 inputs), detour, B and C, gated unit, two hidden heads, value, two logits
-    encoder, others = 13 * 8, 8 * 8 + 2 * 6 * 8 + 2 * 8 * 8 + 2 * 16 * 8 + 8 + 2 * 8
-    seen = 4 * 4 * 8  # epochs, lanes, steps; the encoders' inputs need no gradient
-    np.testing.assert_allclose(float(row["gflop"]), seen * 2 * (2 * encoder + 3 * others) / 1e9, rtol=1e-3)
+def test_train_counts_the_products_of_the_update(load, main, monkeypatch):
+    """Programs are traced here, not compiled: a call returns the shapes of its results."""
+    module, Program = load("train"), load("common").Program
+    monkeypatch.setattr(module, "compile_program", lambda function, *args: Program(
+        lambda *args: jax.eval_shape(function, *args), compile_s=1.0, megabytes=2.0))
+    monkeypatch.setattr(module, "matmul_rate", lambda repeats: 1e9)
+    times = iter((0.2, 0.5, 2.0))  # environment, rollout, iteration
+    monkeypatch.setattr(module, "seconds", lambda *args, **kwargs: next(times))
+    [row], _ = main(module, "--trainers", "train_s5", "--env", "CartPole-v1", "--vary", "--set", "num_envs=4",
+                    "num_steps=8", "num_minibatches=2", "layers=1", "width=8", "state_size=6")
+    assert [float(row[f"{part}_%"]) for part in ("environment", "acting", "update")] == [10, 15, 75]
+    assert (row["steps_per_s"], row["cold_compile_s"], row["megabytes"]) == ("16", "2.0", "2.0")
+    # products per step: encoders (13 inputs), bypass, B and C, gated unit, two hidden heads, value, two logits
+    encoders, others = 13 * 8, 8 * 8 + 2 * 6 * 8 + 2 * 8 * 8 + 2 * 16 * 8 + 8 + 2 * 8
+    steps = 4 * 4 * 8  # epochs, environments, steps; the encoders' inputs need no gradient
+    flops = steps * 2 * (2 * encoders + 3 * others)
+    np.testing.assert_allclose(float(row["gflop"]), flops / 1e9, rtol=1e-3)
+    np.testing.assert_allclose(float(row["of_matmul_%"]), 100 * flops / 1.5 / 1e9, rtol=1e-3)
 
 
-def test_memory_chain(tmp_path):
-    rows, _ = run("memory_chain", tmp_path, "--lengths", "6", "--trainers", "s5", "memoryless", "--width", "8",
-                  "--episodes", "4000", "--seeds", "2", "--lr", "3e-3")
-    s5, memoryless = rows
-    assert float(s5["mean"]) > 0.5 > float(memoryless["mean"]) and s5["parameters"] == memoryless["parameters"]
-    assert float(memoryless["low"]) < float(memoryless["mean"]) < float(memoryless["high"])
+def test_train_compiles_once_without_and_once_with_the_cache(load):
+    [program], cold, cached = load("train").compile_twice([(lambda x: jnp.sin(x) @ x, (jnp.ones((3, 3)),))])
+    np.testing.assert_allclose(program.run(jnp.ones((3, 3)))[0, 0], 3 * np.sin(1), rtol=1e-6)
+    assert cold > 0 and cached > 0 and jax.config.jax_compilation_cache_dir is None
+
+
+def test_flops_count_loops_and_gradients(load):
+    def loss(w, x):
+        return jax.lax.scan(lambda h, _: (jnp.tanh(h @ w), None), x, None, 7)[0].sum()
+
+    w, x, product_flops = jnp.zeros((5, 5)), jnp.zeros((3, 5)), load("train").product_flops
+
+    def count(f):
+        return product_flops(jax.make_jaxpr(f)(w, x).jaxpr)
+
+    assert count(loss) == 7 * 2 * 3 * 5 * 5
+    assert count(jax.grad(loss)) == 3 * count(loss)  # forward, and two products of the same size backwards
+    assert count(jax.vmap(loss, (None, 0))) == 7 * 2 * 3 * 5 * 5
+    assert count(lambda w, x: jax.lax.cond(x.sum() > 0, lambda: x @ w, lambda: x)) == 2 * 3 * 5 * 5
+
+
+def test_seeds_compares_one_function_with_many_runs(load, main, monkeypatch):
+    module, trained = load("seeds"), []
+
+    def make_train(config):
+        trained.append(config)
+        return lambda key: key.sum()
+
+    monkeypatch.setattr(module.train_s5, "make_train", make_train)
+    rows, _ = main(module, "--seeds", "2", "4", "--total-timesteps", "1000", "--num-envs", "8", picture=False)
+    assert [row["seeds"] for row in rows] == ["2", "4"] and trained[0].total_timesteps == 1000
+    assert float(rows[1]["separate_s"]) == pytest.approx(2 * float(rows[0]["separate_s"]), rel=1e-3)
+    for row in rows:
+        assert float(row["ratio"]) == pytest.approx(float(row["separate_s"]) / float(row["together_s"]), rel=1e-2)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="cores cannot be chosen here")
+def test_scaling_leaves_out_the_first_call(main, tmp_path):
+    (tmp_path / "trainer.py").write_text(
+        "import os, sys, pathlib\n"
+        "folder = pathlib.Path(sys.argv[sys.argv.index('--out') + 1])\n"
+        "folder.mkdir()\n"
+        "rate = 100 * len(os.sched_getaffinity(0)) * int(os.environ['JAX_NUM_CPU_DEVICES'])\n"
+        "(folder / 'timing.csv').write_text(f'update,sps\\n1,5\\n2,{rate}\\n3,{rate}\\n')\n")
+    rows, _ = main("scaling", "--trainers", str(tmp_path / "trainer"), picture=False)
+    assert (rows[0]["cores"], rows[0]["devices"], rows[0]["steps_per_s"]) == ("1", "1", "100")
+    assert all(float(r["over_one_core"]) == int(r["cores"]) * int(r["devices"]) for r in rows)
+
+
+def test_minutes_end_with_the_last_goal(main, tmp_path):
+    """The mean over tasks of the last two rows is 3; the trainer is stopped once that is reached."""
+    (tmp_path / "trainer.py").write_text(
+        "import sys, time, pathlib\n"
+        "folder = pathlib.Path(sys.argv[sys.argv.index('--out') + 1])\n"
+        "folder.mkdir()\n"
+        "rows = [f'{10 * i},{i},{i + 1}\\n' for i in range(1, 4)]\n"
+        "(folder / 'metrics.csv').write_text('steps,return/a,return/b\\n' + ''.join(rows))\n"
+        "time.sleep('--long' in sys.argv and 60)\n")
+    flags = ("--trainer", str(tmp_path / "trainer.py"), "--seeds", "1", "--window", "20", "--goals", "2", "3")
+    begin = time.monotonic()
+    [row], printed = main("minutes_to_400", *flags, "--flags", "--long", picture=False)
+    assert 0 < float(row["minutes_to_2"]) == float(row["minutes_to_3"]) and time.monotonic() - begin < 30
+    [row], printed = main("minutes_to_400", *flags, "5", picture=False)
+    assert row["minutes_to_5"] == "nan" and "5: nan minutes [nan, nan], 0 of 1 seeds" in printed
+
+
+# ---- Runs ----------------------------------------------------------------------------------------
+def test_launch_gives_every_process_a_core_and_counts_failures(load, tmp_path, capsys):
+    runs = load("runs")
+    script = tmp_path / "script.py"
+    script.write_text("import os, sys, time\ntime.sleep(0.3)\n'broken' in sys.argv and sys.exit(1)\n"
+                      "open(sys.argv[-1], 'w').write(str(len(os.sched_getaffinity(0))))\n")
+    todo = [runs.Script(tmp_path / f"{i}.csv", [str(script), kind], "S5")
+            for i, kind in enumerate(("whole", "broken", "whole"))]
+    assert runs.launch(todo, 2) == 1 and "FAILED" in capsys.readouterr().out
+    assert [run.path.exists() for run in todo] == [True, False, True]
+    if hasattr(os, "sched_getaffinity"):
+        assert todo[0].path.read_text() == todo[2].path.read_text() == "1"
+
+
+def test_a_run_starts_goes_on_and_is_refused_with_other_flags(load, tmp_path):
+    run = load("runs").Run(tmp_path / "run", "train_s5", ["--env", "CartPole-v1"], 300, 2, "S5")
+    assert run.todo() == [*run.command, "--out", str(run.path)] and run.reached() == 0
+    config, options = config_of(run)
+    assert options.seed == 2 and options.devices == 1 and not options.evaluate
+    rows = [{"update": i, "steps": 100 * i, "seed": 2, "return/CartPole-v1": float(i)} for i in (1, 2)]
+    write_run(run.path, config, rows)
+    assert run.reached() == 200 and run.todo() == ["train_s5.py", "--resume", str(run.path)]
+    assert run.scores().tolist() == [2.0]  # of the last tenth
+    with pytest.raises(ValueError, match="made with other flags"):
+        run._replace(flags=[*run.flags, "--lr", "1"]).todo()
+    with (run.path / "metrics.csv").open("a", newline="") as file:
+        experiment.write_rows(file, [rows[0] | {"update": 3, "steps": 300}])
+    assert run.todo() is None
+
+
+def test_single_task_tells_how_far_each_task_has_come(load, main, tmp_path, monkeypatch):
+    module = load("single_task")
+    monkeypatch.setattr(module, "RUNS", tmp_path)
+    for run, best in zip(module.runs_of("walker-walk", 900, 2), (300.0, 500.0)):
+        config, _ = config_of(run)
+        kwargs = train_s5.make_trial_kwargs(config)
+        assert kwargs["projection"] == "none" and kwargs["action_repeat"] == 1
+        write_run(run.path, config, [{"update": i, "steps": 100 * i, "seed": 0, "return/walker-walk": x}
+                                     for i, x in ((1, 0.0), (2, best))])
+    flags = ("--jobs", "0", "--seeds", "2", "--total-timesteps", "900", "--tasks", "walker-walk", "hopper-hop")
+    [row], printed = main(module, *flags, picture=False, code=0)
+    assert (float(row["return"]), float(row["worst"]), row["steps"], row["published"]) == (400, 300, "200", "945")
+    assert "hopper-hop: not every seed has begun" in printed
+    config = train_s5.Config(env=("hopper-hop",), projection="none", num_envs=32)
+    write_run(module.runs_of("hopper-hop", 900, 1)[0].path, config, [{"update": 1, "steps": 100, "seed": 0}])
+    assert "made with other flags" in main(module, *flags, picture=False, code=2)[1]
+
+
+def test_parts_compares_every_variant_with_the_first(load, main, tmp_path, monkeypatch):
+    module = load("parts")
+    monkeypatch.setattr(module, "RUNS", tmp_path)
+    worth = {"S5": 100.0, "no memory": 90.0}
+    for run in module.runs_of(list(worth), 900, 3):
+        returns = {f"return/{task}": worth[run.variant] + run.seed for task in envs.TRAIN_TASKS}
+        write_run(run.path, config_of(run)[0], [{"update": 1, "steps": 900, "seed": run.seed} | returns])
+    rows, printed = main(module, "--steps", "900", "--jobs", "0", picture=False, code=0)
+    assert [row["variant"] for row in rows] == list(worth) and "LSTM: not every seed has begun" in printed
+    first, none = ({k: float(v) for k, v in row.items() if k != "variant"} for row in rows)
+    assert (first["mean"], first["worst"], none["lost"], none["reacher-easy"]) == (101, 100, 10, 91)
+    half = 4.303 * 1 / np.sqrt(3)  # t of two degrees of freedom, deviation 1
+    np.testing.assert_allclose([first["low"], first["high"]], [101 - half, 101 + half], rtol=1e-3)
+    half = 2.776 * np.sqrt(2 / 3)  # Welch, equal variances: four degrees of freedom
+    np.testing.assert_allclose([none["lost_low"], none["lost_high"]], [10 - half, 10 + half], rtol=1e-3)
+
+
+def test_parts_leaves_out_one_part_at_a_time(load):
+    module = load("parts")
+    runs = module.runs_of(list(module.VARIANTS), 5_000_000, 1)
+    configs = {run.variant: config_of(run)[0] for run in runs}
+    assert {run.trainer for run in runs} == set(TRAINERS) and len({run.path for run in runs}) == len(runs) == 8
+    assert configs["S5"] == train_s5.Config(total_timesteps=5_000_000)
+    assert [name for name, config in configs.items() if not config.sysid] == [
+        "LSTM, no sysid", "no memory, no sysid", "S5, no sysid"][::-1][:1] + ["LSTM, no sysid", "no memory, no sysid"]
+    assert [name for name, config in configs.items() if config.reset == "step"] == ["no memory", "no memory, no sysid"]
+    assert [name for name, config in configs.items() if config.blind] == ["S5, blind"]
+    assert [name for name, config in configs.items() if not config.privileged_critic] == ["S5, no privileged critic"]
+
+
+# ---- A quarter of an hour on a GPU ---------------------------------------------------------------
+@pytest.mark.parametrize("small", [False, True])
+def test_gpu_jobs_have_flags_that_their_scripts_know(load, tmp_path, monkeypatch, small):
+    jobs = load("gpu").JOBS
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu" if small else "gpu")  # for the default sizes
+    assert len({job.name for job in jobs}) == len(jobs)
+    for job in jobs:
+        script, *flags = job.command(tmp_path, small)[1:]
+        trainer = TRAINERS.get(os.path.basename(script).removesuffix(".py"))
+        if trainer:
+            config, options = experiment.parse_flags(trainer.Config, args=flags)
+            assert options.out == str(tmp_path) and not options.evaluate
+            assert (config.env == ("CartPole-v1",)) >= small and config.total_timesteps == 512 or not small
+        else:
+            assert flags[-2:] == ["--out", str(tmp_path / "table.csv")] and os.path.exists(script)
+
+
+def test_gpu_runs_what_is_missing_and_packs_it(load, tmp_path, monkeypatch, capsys):
+    module = load("gpu")
+    script = tmp_path / "script.py"
+    script.write_text("import os, pathlib, sys, time\n"
+                      "folder = pathlib.Path(sys.argv[sys.argv.index('--out') + 1])\n"
+                      "(folder / 'memory').write_text(os.environ.get('XLA_PYTHON_CLIENT_MEM_FRACTION', 'all'))\n"
+                      "(folder / 'agent.msgpack').write_bytes(bytes(60))\n"
+                      "(folder / 'checkpoints').mkdir()\n"
+                      "float(sys.argv[1]) > 1 and pathlib.Path(__file__).with_name('late').touch()\n"
+                      "time.sleep(float(sys.argv[1]))\n"
+                      "sys.exit(int(sys.argv[2]))\n")
+
+    def job(name, sleep, code=0, **settings):
+        return module.Job(name, "?", settings.pop("seconds", 0), str(script), (str(sleep), str(code)), **settings)
+
+    jobs = [job("done", 0), job("first", 0.5), job("second", 0.5), job("alone", 0.1, alone=True),
+            job("broken", 0, 3), job("endless", 60), job("costly", 0, seconds=100)]
+    monkeypatch.setattr(module, "JOBS", jobs)
+    monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(module, "LARGEST", 800)
+    (tmp_path / "results" / "gpu" / "done").mkdir(parents=True)
+    # the time is up as soon as the endless job runs
+    monkeypatch.setattr(module, "time", SimpleNamespace(sleep=time.sleep, monotonic=lambda: (
+        time.monotonic() + 1000 * (tmp_path / "late").exists())))
+    out = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--minutes", "1.5", "--out", str(out)])
+    with pytest.raises(SystemExit) as end:
+        module.main()
+    assert end.value.code == 1
+    events = capsys.readouterr().out.splitlines()
+    assert events[:2] == ["first: started", "second: started"] and not any("costly" in line for line in events)
+    started = events.index("alone: started")
+    assert events[started + 1].startswith("alone: exit status 0")  # nothing ran beside it
+    archives = sorted(out.iterdir())
+    assert [path.name for path in archives] == [f"gpu-{i}.tar.gz" for i in range(1, len(archives) + 1)]
+    assert len(archives) > 1
+    for path in archives:
+        with tarfile.open(path) as archive:
+            archive.extractall(tmp_path / "results" / "gpu", filter="data")
+    found = tmp_path / "results" / "gpu"
+    names = {"done", "first", "second", "alone", "broken-unfinished", "endless-unfinished"}
+    assert {path.name for path in found.iterdir()} == names
+    assert {path.name for path in (found / "first").iterdir()} == {"agent.msgpack", "job.json", "log.txt", "memory"}
+    assert (found / "first" / "memory").read_text() == "0.4" and (found / "alone" / "memory").read_text() == "all"
+    assert '"state": "stopped"' in (found / "endless-unfinished" / "job.json").read_text()
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--list"])
+    module.main()
+    listed = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
+    assert listed == ["done"] * 4 + ["missing"] * 3
+
+
+# ---- What a memory can do ------------------------------------------------------------------------
+def test_memory_chain_needs_memory(main):
+    rows, _ = main("memory_chain", "--lengths", "6", "--memories", "s5", "none", "--width", "8", "--episodes", "4000",
+                   "--seeds", "2", "--lr", "3e-3")
+    s5, none = rows
+    assert float(s5["mean"]) > 0.5 > float(none["mean"]) and s5["parameters"] == none["parameters"]
+    assert float(none["low"]) < float(none["mean"]) < float(none["high"])
     assert all(float(row[cost]) > 0 for row in rows for cost in ("us_per_step", "megabytes"))
 
 
@@ -85,14 +344,46 @@ def test_memory_chain_episodes_end_by_themselves(load, name):
     """Also beyond gymnax's limit of 1000 steps; and the transformer's window holds a whole episode."""
     config = load("memory_chain").make_config(name, 2048, 10_000)
     assert config.total_timesteps == 10_000 * 2049 and config.num_steps == 2 * 2049
-    env, params = envs.make("MemoryChain-bsuite", memory_length=2048, max_steps_in_episode=2049)
     assert config.env_kwargs == ("memory_length=2048", "max_steps_in_episode=2049")
+    env, params = envs.make("MemoryChain-bsuite", **envs.parse_kwargs(config.env_kwargs))
     _, state = env.reset(jax.random.PRNGKey(0), params)
     _, _, reward, terminated, _ = env.step_env(None, state.replace(time=2048), 0, params)
     assert terminated and abs(reward) == 1
     assert name != "transformer" or config.window == 2049
 
 
+def test_reading_scores_between_no_memory_and_the_oracle(main):
+    rows, _ = main("reading", "--tasks", "pendulum-swingup", "--memories", "S5", "--steps", "40000",
+                   "--num-envs", "32", "--num-steps", "50", picture=False)
+    table = {(row["target"], row["memory"]): row for row in rows}
+    assert len(table) == len(rows) == 4 * 3 and {row["memory"] for row in rows} == {"none", "S5", "oracle"}
+    none, s5, oracle = (table["control", name] for name in ("none", "S5", "oracle"))
+    errors = [float(row["error_200"]) for row in (none, s5, oracle)]
+    assert errors[2] < 0.2 < 0.5 < min(errors[:2])  # so soon no memory helps; the oracle need not identify anything
+    assert (float(none["closed_200"]), float(oracle["closed_200"])) == (0, 1)
+    np.testing.assert_allclose(float(s5["closed_200"]), (errors[0] - errors[1]) / (errors[0] - errors[2]), atol=0.01)
+
+
+def test_reading_asks_for_what_comes(load):
+    """The target added to an observation is the later one; controls follow from later actions; in one trial."""
+    stream = load("reading").Stream("cartpole-swingup", 16, 150, False)
+    advance = jax.jit(stream.next)
+    carry, first = advance(stream.reset(jax.random.PRNGKey(0)))
+    data = jax.tree.map(lambda *x: np.concatenate(x), first, advance(carry)[1])
+    observed, action, trial = data["plain"][..., :12], data["plain"][1:, :, 24:26], np.cumsum(data["reset"], 0)
+    for i, k in enumerate((1, 4, 16)):
+        known = data["known"][:-k, :, i]
+        np.testing.assert_array_equal(known, trial[k:] == trial[:-k])
+        assert 0 < (~known).sum() < known.sum()
+        np.testing.assert_allclose(data["ahead"][:-k, :, i][known], (observed[k:] - observed[:-k])[known], atol=1e-5)
+        control = np.clip(np.einsum("tnij,tnj->tni", data["act_matrix"][:-k], action[k - 1:]), -1, 1)
+        np.testing.assert_allclose(data["controls"][:-k, :, k - 1][known], control[known], atol=1e-6)
+    sin_and_velocity = data["raw"][..., [2, 4], None]  # of the pole's angle
+    direction = data["act_matrix"] / np.linalg.norm(data["act_matrix"], axis=-1, keepdims=True)
+    np.testing.assert_allclose(data["control"], sin_and_velocity * direction, atol=1e-4)
+
+
+# ---- The paper's figures -------------------------------------------------------------------------
 @pytest.fixture
 def reproduce(load, tmp_path, monkeypatch):
     """The module with folders of its own, one seed and a tiny network."""
@@ -100,55 +391,36 @@ def reproduce(load, tmp_path, monkeypatch):
     paper = tmp_path / "paper"
     paper.mkdir()
     for path in module.PAPER.glob("reference_*.csv"):
-        (paper / path.name).write_bytes(path.read_bytes())
+        shutil.copy(path, paper)
     monkeypatch.setattr(module, "PAPER", paper)
     monkeypatch.setattr(module, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(module, "SEEDS", range(1))
     monkeypatch.setattr(module, "TRIALS", 2)
     monkeypatch.setattr(module, "PPO", ["--num-envs", "4", "--num-steps", "256", "--num-minibatches", "1",
                                         "--width", "8", "--log-every", "1"])
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     return module
 
 
-def test_reproduce_runs_what_is_missing_and_draws_it(reproduce, capsys):
-    """A run starts, goes on after a kill, is then complete; its picture and table say how far it came."""
-    flags = ["--projection", "orthogonal", "--obs-size", "4", "--episodes-per-trial", "16"]
-    runs = reproduce.trainer_runs("metacart", 3000, {"S5, never reset": flags}, ("StatelessCartPoleEasy",))
-    [one] = runs
-    assert reproduce.launch(runs, 1) == 0 and one.reached() == 3072 and one.todo() is None
-    assert reproduce.launch(runs, 1) == 0 and "1 of 1 runs are complete" in capsys.readouterr().out
-    metrics = one.path / "metrics.csv"
-    metrics.write_text("".join(metrics.read_text().splitlines(True)[:2]))  # as after a kill
-    assert one.reached() == 1024 and one.todo() == ["train_s5.py", "--resume", str(one.path)]
-    rows = {row["at"]: row for row in reproduce.draw_metacart(runs)}
+def test_reproduce_draws_what_an_agent_does_in_every_episode(reproduce):
+    """An agent as its training begins, as if it were saved after three updates."""
+    [run] = reproduce.trainer_runs("metacart", 3000, {"S5, never reset": [
+        "--projection", "orthogonal", "--obs-size", "4", "--episodes-per-trial", "16"]}, ("StatelessCartPoleEasy",))
+    config, options = experiment.parse_flags(train_s5.Config, args=run.todo()[1:])
+    assert config.reset == "never" and options.out == str(run.path)
+    rows = [{"update": i, "steps": 1024 * i, "seed": 0, "return/popgym:StatelessCartPoleEasy": 0.1 * i}
+            for i in (1, 2, 3)]
+    write_run(run.path, config, rows)
+    (run.path / "timing.csv").touch()
+    runner = jax.jit(jax.vmap(train_s5.make_train(config).init))(jax.random.PRNGKey(0)[None])
+    experiment.save(experiment.Run(config, options, run.path), 3, runner)
+    assert run.reached() == 3072 and run.todo() is None
+    rows = {row["at"]: row for row in reproduce.draw_metacart([run])}
     assert rows["episode 16"]["paper"] == 0.36 and 0 < rows["episode 16"]["ours"] <= 1
+    assert rows["best sum of 16"]["ours"] == pytest.approx(16 * 0.3)
+    assert (run.path / "by_episode.json").exists()
     reproduce.write_table("metacart", list(rows.values()))
     assert "| metacart | S5, never reset | episode 16 | 0.36 |" in (reproduce.PAPER / "README.md").read_text()
     assert (reproduce.PAPER / "metacart.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_reproduce_gives_every_process_a_core_and_keeps_whole_tables_only(reproduce, tmp_path, capsys):
-    script = tmp_path / "script.py"
-    script.write_text("import os, sys, time\ntime.sleep(0.5)\n"
-                      "open(sys.argv[-1], 'w').write(str(len(os.sched_getaffinity(0))))\n"
-                      "sys.exit('broken' in sys.argv)\n")
-    runs = [reproduce.Run(tmp_path / f"{i}.csv", [str(script), kind], 0, "S5")
-            for i, kind in enumerate(("whole", "broken", "whole"))]
-    assert reproduce.launch(runs, 2) == 1 and "FAILED" in capsys.readouterr().out
-    assert [run.path.exists() for run in runs] == [True, False, True]
-    if hasattr(os, "sched_getaffinity"):
-        assert runs[0].path.read_text() == runs[2].path.read_text() == "1"
-
-
-def write_run(reproduce, path, config, rows):
-    """A run folder with these rows of metrics.csv."""
-    options = reproduce.experiment.Options(runs_dir=str(path.parent), name=path.name)
-    reproduce.experiment.new_run(config, options)
-    with (path / "metrics.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def test_reproduce_scores_popgym_by_its_best_update(reproduce):
@@ -156,59 +428,27 @@ def test_reproduce_scores_popgym_by_its_best_update(reproduce):
     for run, best in zip(runs, (0.8, -0.4)):
         rows = [{"update": i, "steps": 100 * i, "seed": 0, "return/popgym:RepeatPreviousHard": x}
                 for i, x in ((1, best), (2, best - 0.3))]
-        config, _ = reproduce.experiment.parse_flags(train_s5.Config, args=run.command[1:])
-        write_run(reproduce, run.path, config, rows)
+        write_run(run.path, config_of(run)[0], rows)
     s5, none = reproduce.draw_popgym(runs)
     assert (s5["ours"], s5["paper"], none["ours"], none["paper"]) == (0.8, 0.91, -0.4, -0.48)
     assert s5["million_frames"] == 2e-4
-    reproduce.PPO.append("--no-observe-change")  # what was made without this flag is neither gone on with nor drawn
-    [changed] = reproduce.trainer_runs("popgym", 200, {"S5": []}, ("RepeatPreviousHard",))
-    for use in (changed.todo, lambda: reproduce.draw_popgym([changed])):
-        with pytest.raises(ValueError, match="made with other flags"):
-            use()
     shutil.rmtree(runs[0].path)  # what was scored is not forgotten with its folder
     assert [row["ours"] for row in reproduce.draw_popgym(runs)] == [0.8, -0.4]
-
-
-def test_single_task_tells_how_far_each_task_has_come(load, reproduce, tmp_path, monkeypatch, capsys):
-    module = load("single_task")
-    monkeypatch.setattr(module, "ROOT", tmp_path)
-    for run, best in zip(module.runs_of("walker-walk", 900, 2), (300.0, 500.0)):
-        config, _ = reproduce.experiment.parse_flags(train_s5.Config, args=run.command[1:])
-        assert config.resolved_projection == "none" and config.resolved_repeat == 1
-        write_run(reproduce, run.path, config, [{"update": i, "steps": 100 * i, "seed": 0, "return/walker-walk": x}
-                                                for i, x in ((1, 0.0), (2, best))])
-    out = tmp_path / "table.csv"
-    monkeypatch.setattr(sys, "argv", ["single_task.py", "--tasks", "walker-walk", "hopper-hop", "--jobs", "0",
-                                      "--seeds", "2", "--total-timesteps", "900", "--out", str(out)])
-    with pytest.raises(SystemExit) as end:
-        module.main()
-    assert end.value.code == 0
-    [row] = csv.DictReader(out.open())
-    assert (float(row["return"]), float(row["worst"]), row["steps"], row["published"]) == (400, 300, "200", "945")
-    assert "hopper-hop: not every seed has begun" in capsys.readouterr().out
-    config = train_s5.Config(env=("hopper-hop",), projection="none", num_envs=32)
-    write_run(reproduce, module.runs_of("hopper-hop", 900, 1)[0].path, config, [{"update": 1, "steps": 100, "seed": 0}])
-    for jobs, sentence in (("0", "made with other flags"), ("-1", "--jobs must not be negative")):
-        monkeypatch.setattr(sys, "argv", ["single_task.py", "--tasks", "hopper-hop", "--jobs", jobs,
-                                          "--total-timesteps", "900", "--out", str(out)])
-        with pytest.raises(SystemExit) as end:
-            module.main()
-        assert end.value.code == 2 and sentence in capsys.readouterr().err
 
 
 def test_reproduce_compares_curves_at_equal_frames(reproduce, tmp_path):
     """Two seeds in one folder, 30 million steps: every task's return is its number times the steps in millions."""
     tasks = list(enumerate(envs.TRAIN_TASKS, 1))
-    rows = [{"update": m, "steps": m * 1e6, "seed": seed} | {f"return/{t}": (i + seed) * m for i, t in tasks}
+    rows = [{"update": m, "steps": m * 1e6, "seed": seed} | {f"return/{t}": float((i + seed) * m) for i, t in tasks}
             for m in range(1, 31) for seed in (0, 1)]
-    write_run(reproduce, tmp_path / "six", train_s5.Config(), rows)
+    config = train_s5.Config(total_timesteps=20_000_000)
+    write_run(tmp_path / "six", config, rows)
     found = {r["at"]: r for r in reproduce.draw_dmcontrol([tmp_path / "six"])}
     assert len(found) == 7 * 3  # at 5, 10 and 20 million
     mean, spin = found["mean of the six, 20 of 20 million"], found["finger-spin, 10 of 20 million"]
     assert (mean["paper"], mean["ours"]) == (150, 80) and (spin["ours"], spin["worst"]) == (35, 30)
     assert found["mean of the six, 5 of 20 million"]["paper"] == ""
-    write_run(reproduce, tmp_path / "one", train_s5.Config(env=("reacher-easy",)), rows)
+    write_run(tmp_path / "one", train_s5.Config(env=("reacher-easy",)), rows)
     with pytest.raises(ValueError, match="not on the six"):
         reproduce.draw_dmcontrol([tmp_path / "one"])
 
@@ -217,11 +457,12 @@ def test_reproduce_compares_equal_parameters(load):
     """And the flags of every run are ones that its trainer knows."""
     reproduce, sizes = load("reproduce"), {}
     for run in reproduce.runs_of("popgym") + reproduce.runs_of("metacart"):
-        trainer = {"train_s5.py": train_s5, "train_lstm.py": train_lstm}[run.command[0]]
-        config, options = reproduce.experiment.parse_flags(trainer.Config, args=run.command[1:])
+        if run.seed:
+            continue
+        config, _ = config_of(run)
         assert not config.observe_change  # that is the velocity, which these tasks hide
-        assert options.seed == run.seed and config.env == (f"popgym:{run.task}",)
-        memory = trainer.make_memory(config, jnp.float32)
+        assert config.env == (f"popgym:{run.task}",)
+        memory = TRAINERS[run.trainer].make_memory(config)
         x, reset = jnp.zeros((1, 1, config.width)), jnp.zeros((1, 1), bool)
         shapes = jax.eval_shape(memory.init, jax.random.PRNGKey(0), memory.zero_state((1,)), x, reset)
         sizes.setdefault(run.path.parent.name, []).append(sum(s.size for s in jax.tree.leaves(shapes)))
@@ -234,7 +475,7 @@ def test_reproduce_draws_finished_lengths(reproduce):
     for run in runs[:2]:
         run.path.parent.mkdir(parents=True, exist_ok=True)
         length = run.path.stem.split("-")[1]
-        run.path.write_text("length,trainer,mean,low,high,worst,seeds,parameters,us_per_step,megabytes,episodes,steps\n"
+        run.path.write_text("length,memory,mean,low,high,worst,seeds,parameters,us_per_step,megabytes,episodes,steps\n"
                             f"{length},s5,0.9,0.8,1.0,0.7,5,100,12.5,3.5,10000,50000\n")
     assert [run.todo() is None for run in runs] == [True, True, False]
     rows = reproduce.draw_memory(runs)
@@ -245,63 +486,7 @@ def test_reproduce_draws_finished_lengths(reproduce):
     assert [(r["memory"], r["us_per_step"]) for r in reproduce.draw_memory(runs)] == [("S5", 12.5), ("LSTM", 11.5)]
 
 
-def test_reading_scores_between_no_memory_and_the_oracle(tmp_path):
-    rows, _ = run("reading", tmp_path, "--tasks", "pendulum-swingup", "--memories", "S5", "--steps", "40000",
-                  "--num-envs", "32", "--num-steps", "50", picture=False)
-    table = {(row["target"], row["memory"]): row for row in rows}
-    assert len(table) == len(rows) == 4 * 3 and {row["memory"] for row in rows} == {"none", "S5", "oracle"}
-    none, s5, oracle = (table["control", name] for name in ("none", "S5", "oracle"))
-    errors = [float(row["error_200"]) for row in (none, s5, oracle)]
-    assert errors[2] < 0.2 < 0.5 < min(errors[:2])  # so soon no memory helps, but the oracle has nothing to find out
-    assert (float(none["closed_200"]), float(oracle["closed_200"])) == (0, 1)
-    np.testing.assert_allclose(float(s5["closed_200"]), (errors[0] - errors[1]) / (errors[0] - errors[2]), atol=0.01)
-
-
-def test_reading_asks_for_what_comes(load):
-    """What the agent will see is what it saw plus the target; controls are what its later actions do; in one trial."""
-    stream = load("reading").Stream("cartpole-swingup", 16, 150, False)
-    advance = jax.jit(stream.next)
-    carry, first = advance(stream.reset(jax.random.PRNGKey(0)))
-    data = jax.tree.map(lambda *x: np.concatenate(x), first, advance(carry)[1])
-    shown, action, trial = data["plain"][..., :12], data["plain"][1:, :, 12:14], np.cumsum(data["reset"], 0)
-    for i, k in enumerate((1, 4, 16)):
-        known = data["known"][:-k, :, i]
-        np.testing.assert_array_equal(known, trial[k:] == trial[:-k])
-        assert 0 < (~known).sum() < known.sum()
-        np.testing.assert_allclose(data["ahead"][:-k, :, i][known], (shown[k:] - shown[:-k])[known], atol=1e-5)
-        control = np.clip(np.einsum("tnij,tnj->tni", data["act_matrix"][:-k], action[k - 1:]), -1, 1)
-        np.testing.assert_allclose(data["controls"][:-k, :, k - 1][known], control[known], atol=1e-6)
-    sin_and_velocity = data["raw"][..., [2, 4], None]  # of the pole's angle
-    direction = data["act_matrix"] / np.linalg.norm(data["act_matrix"], axis=-1, keepdims=True)
-    np.testing.assert_allclose(data["control"], sin_and_velocity * direction, atol=1e-4)
-
-
-def test_ablations(tmp_path):
-    rows, _ = run("ablations", tmp_path, "--only", "never reset", "--width", "8", "--total-timesteps", "1000",
-                  "--seeds", "1", picture=False)
-    assert [row["variant"] for row in rows] == ["never_reset"]
-
-
-def test_seeds(tmp_path):
-    rows, printed = run("seeds", tmp_path, "--seeds", "2", "--total-timesteps", "1000", "--num-envs", "8",
-                        picture=False)
-    assert [row["seeds"] for row in rows] == ["separate", "together"] and "times less" in printed
-
-
-def test_flops_count_loops_and_gradients(load):
-    def loss(w, x):
-        return jax.lax.scan(lambda h, _: (jnp.tanh(h @ w), None), x, None, 7)[0].sum()
-
-    w, x = jnp.zeros((5, 5)), jnp.zeros((3, 5))
-    def count(f):
-        return load("train").product_flops(jax.make_jaxpr(f)(w, x).jaxpr)
-
-    assert count(loss) == 7 * 2 * 3 * 5 * 5
-    assert count(jax.grad(loss)) == 3 * count(loss)  # forward, and two products of the same size backwards
-    assert count(jax.vmap(loss, (None, 0))) == 7 * 2 * 3 * 5 * 5
-    assert count(lambda w, x: jax.lax.cond(x.sum() > 0, lambda: x @ w, lambda: x)) == 2 * 3 * 5 * 5
-
-
-def test_exponent_is_the_slope_at_the_longest_lengths(load):
-    points = [(n, 1e-3 * n**2) for n in (64, 256, 1024)]
-    np.testing.assert_allclose(load("sequence").exponent([(16, 5.0), *points]), 2)
+def test_a_script_runs_in_any_folder_without_the_settings_of_the_tests():
+    done = subprocess.run([sys.executable, str(FOLDER / "benchmarks" / "gpu.py"), "--list"], cwd="/",
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and "plain_lstm64" in done.stdout, done.stderr

@@ -1,8 +1,10 @@
-"""sysid.py: sums, invariances, what it finds out about a known system; and how envs.Lanes shows it."""
+"""sysid.py: sums, invariances, what it finds out about a known system; and what envs.Trials observes."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rollouts import compiled, point_mass, rollout
 
 import envs
 import sysid
@@ -10,8 +12,8 @@ import sysid
 N, DIM, ACTIONS, STEPS = 3, 12, 2, 60
 
 
-def live(seed=0, dims=5, steps=STEPS):
-    """A linear system seen through a projection: observations (STEPS + 1, N, DIM), actions, rewards, A and B."""
+def simulate(seed=0, dims=5, steps=STEPS):
+    """A linear system observed through a projection: observations (STEPS + 1, N, DIM), actions, rewards, A and B."""
     rng = np.random.default_rng(seed)
     drift = 0.05 * rng.normal(size=(dims, dims)) - 0.1 * np.eye(dims)
     effect = 0.2 * rng.normal(size=(dims, ACTIONS))
@@ -36,7 +38,7 @@ def follow(o, actions, rewards):
 
 
 def test_sums_are_those_of_the_definition():
-    o, actions, rewards, _ = live()
+    o, actions, rewards, _ = simulate()
     state, _ = follow(o, actions, rewards)
     weight = sysid.FORGETTING ** np.arange(STEPS)[::-1]
     before = np.concatenate([np.zeros((1, N, ACTIONS)), actions[:-1]])
@@ -52,7 +54,7 @@ def test_sums_are_those_of_the_definition():
 
 
 def test_features_do_not_change_with_the_frame_or_the_unit_of_observations():
-    o, actions, rewards, _ = live()
+    o, actions, rewards, _ = simulate()
     rotation = np.linalg.qr(np.random.default_rng(1).normal(size=(DIM, DIM)))[0]
     plain = follow(o, actions, rewards)[1]
     assert plain.shape == (STEPS, N, sysid.num_features(ACTIONS)) and plain.dtype == jnp.float32
@@ -63,7 +65,7 @@ def test_features_do_not_change_with_the_frame_or_the_unit_of_observations():
 
 def test_the_effects_of_actions_are_found():
     """Their inner products with each other, in units of the change, are those of the true B."""
-    o, actions, rewards, effect = live(steps=400)
+    o, actions, rewards, effect = simulate(steps=400)
     found = np.sinh(follow(o, actions, rewards)[1][-1])
     change = np.diff(o, axis=0)
     weight = sysid.FORGETTING ** np.arange(400)[::-1]
@@ -81,88 +83,65 @@ def test_a_trial_without_steps_has_found_nothing():
 
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
 def test_features_are_finite_and_of_moderate_size(scale):
-    o, actions, rewards, _ = live(seed=2)
+    o, actions, rewards, _ = simulate(seed=2)
     found = follow(scale * o, 0.0 * actions, rewards)[1]  # actions that never vary, 7 of 12 directions never seen
     assert np.isfinite(found).all() and np.abs(found).max() < 20
 
 
-# ---- What Lanes shows --------------------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def lanes():
-    return envs.Lanes(["point_mass-easy"], 4, identify=True, episodes_per_trial=2,
-                      env_kwargs=dict(max_steps_in_episode=6), stagger=False)
+# ---- What Trials observe --------------------------------------------------------------------------
+def test_features_are_observed_and_the_sums_end_with_the_trial():
+    out = rollout(point_mass(), 18)
+    count, end = sysid.num_features(2), out.transition.episode_end
+    assert not out.before_any.sysid.any() and out.after.sysid.shape == (18, 16, count)
+    assert (out.after.sysid.any(-1) == ~end).all()  # 0 at episode starts
+    after = jax.tree.map(lambda before, last: np.concatenate([before[1:], np.array(last)[None]]),
+                         out.state.sysid, out.last.sysid)
+    steps = 0
+    for t in range(18):
+        steps = 0 if t == 17 else sysid.FORGETTING * steps + 1
+        np.testing.assert_allclose(after.steps[t], steps, rtol=1e-6)
+    assert (after.change.any(-1) == ~end).all()  # no episode follows from the one before
+    values = np.array(envs.action_values())[out.action]
+    np.testing.assert_allclose(after.action, np.where(end[..., None], 0, values), rtol=1e-6)
+    # the observation that the next change is counted from is the one observed
+    np.testing.assert_allclose(np.sign(after.o) * np.log1p(np.abs(after.o)), out.after.projected,
+                               rtol=1e-5, atol=1e-6)
 
 
-def test_lanes_show_what_is_found_and_forget_it_with_the_trial(lanes):
-    state, inputs = lanes.reset(jax.random.PRNGKey(0))
-    step, count = jax.jit(lanes.step), sysid.num_features(2)
-    assert inputs.shape == (4, lanes.input_size) and lanes.input_size == 12 + 2 + 3 + count
-    assert lanes.output_of_input[-count:] == (11,) * count and not inputs[:, -count:].any()
-    for t in range(12):
-        action = jax.random.normal(jax.random.PRNGKey(t), (4, 2))
-        expected = sysid.update(state.identified, action, jnp.zeros(4), state.identified.o)
-        state, inputs, out = step(state, action, t)
-        assert out.final_input[:, -count:].any(-1).all()  # a value is bootstrapped from what is known
-        assert (inputs[:, -count:].any(-1) == ~out.episode_end).all()  # 0 at episode starts
-        np.testing.assert_allclose(state.identified.steps, 0.0 if t == 11 else expected.steps)
-        for what in (state.identified.change, state.identified.action):  # no episode follows from the one before
-            assert (what.any(-1) == ~out.episode_end).all()
-        np.testing.assert_allclose(  # the observation that the next change is counted from is the one shown
-            jnp.sign(state.identified.o) * jnp.log1p(jnp.abs(state.identified.o)), inputs[:, :12], rtol=1e-5, atol=1e-6)
-
-
-def test_a_diverging_lane_leaves_no_trace(lanes):
-    state, _ = lanes.reset(jax.random.PRNGKey(0))
-    step = jax.jit(lanes.step)
+def test_a_diverged_step_leaves_no_trace():
+    reset, step = compiled(point_mass())
+    state, _ = reset(jax.random.PRNGKey(0), False)
     for t in range(4):
-        action = jnp.full((4, 2), jnp.nan) if t == 1 else jnp.ones((4, 2))
-        state, inputs, _ = step(state, action, t)
-        assert np.isfinite(inputs).all() and all(np.isfinite(x).all() for x in jax.tree.leaves(state.identified))
-    np.testing.assert_allclose(state.identified.steps, 1 + sysid.FORGETTING + sysid.FORGETTING**2, rtol=1e-6)
+        if t == 1:
+            qvel = state.env[0].qvel
+            state = state.replace(env=(state.env[0].replace(qvel=qvel.at[:2].set(jnp.nan)),))
+        before = state.sysid
+        state, observation, transition = step(state, jnp.full((16, 2), 6), t)
+        np.testing.assert_array_equal(transition.diverged, (np.arange(16) < 2) & (t == 1))
+        assert np.isfinite(observation.sysid).all()
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.sysid))
+        if t == 1:
+            for name in ("keys", "targets", "changes", "rewarded", "reward", "steps"):
+                found, expected = (getattr(x, name)[:2] for x in (state.sysid, before))
+                np.testing.assert_array_equal(found, expected)
+    three = 1 + sysid.FORGETTING + sysid.FORGETTING**2
+    np.testing.assert_allclose(state.sysid.steps[:2], three, rtol=1e-6)
+    np.testing.assert_allclose(state.sysid.steps[2:], 1 + sysid.FORGETTING * three, rtol=1e-6)
 
 
 def test_which_discrete_action_pushes_which_way():
-    """A push to the right moves the cart right and the pole left, whatever both look like and the push is called."""
-    lanes = envs.Lanes(["popgym:StatelessCartPoleEasy"], 16, "orthogonal", obs_size=4, identify=True,
-                       episodes_per_trial=100, stagger=False)
-    state, inputs = lanes.reset(jax.random.PRNGKey(0))
-    count = sysid.num_features(2)
-    assert lanes.discrete and inputs.shape == (16, lanes.input_size) == (16, 4 + 2 + 3 + count)
-    right = jnp.array([1.0, -1.5]) @ jnp.swapaxes(state.obs_matrix, 1, 2)  # 1.1 kg, half a metre
-    step = jax.jit(lanes.step)
-    for t in range(120):
-        state, inputs, out = step(state, jax.random.randint(jax.random.PRNGKey(t), (16,), 0, 2), t)
-    assert state.episode.min() > 0 and not out.trial_end.any() and inputs[:, -count:].any()
-    bends = state.identified.model.effects[:, 4:]  # (16, 2, 4), of the actions as the agent calls them
-    sign = 2.0 * state.act_matrix - 1.0  # what they are to the environment: left, right
+    """A push to the right moves the cart right and the pole left, however all three are observed."""
+    trials = envs.Trials(["popgym:StatelessCartPoleEasy"], 16, projection="orthogonal", obs_size=4,
+                         episodes_per_trial=100, observe_change=False, privileged=False)
+    assert trials.discrete
+    out = rollout(trials, 120)
+    matrix, permutation = np.array(out.last.obs_matrix), np.array(out.last.act_matrix)
+    assert out.last.counters.episode.min() > 0 and not out.transition.trial_end.any()
+    assert out.after.sysid[-1].any()
+    right = np.array([1.0, -1.5]) @ matrix.swapaxes(1, 2)  # 1.1 kg, half a metre
+    bends = np.array(out.last.sysid.model.effects)[:, 4:]  # (16, 2, 4), of the actions as they are observed
+    sign = 2.0 * permutation - 1.0  # what they are to the environment: left, right
     assert 0 < sign[:, 0].clip(0).sum() < 16
-    length = jnp.linalg.norm(bends, axis=-1) * jnp.linalg.norm(right, axis=-1)[:, None]
-    cosine = jnp.einsum("nmi,ni->nm", bends, right) / length
+    length = np.linalg.norm(bends, axis=-1) * np.linalg.norm(right, axis=-1)[:, None]
+    cosine = np.einsum("nmi,ni->nm", bends, right) / length
     assert (cosine * sign > 0.9).all()
-
-
-def test_nothing_is_identified_where_nothing_is_hidden():
-    for kwargs in (dict(tasks=["point_mass-easy"], projection="identity"),
-                   dict(tasks=["CartPole-v1"], projection="none")):
-        assert not envs.Lanes(num_lanes=2, identify=True, **kwargs).identify
-
-
-# ---- The categorical policy over continuous actions --------------------------------------------------------
-def test_binned_actions():
-    logits = jax.random.normal(jax.random.PRNGKey(0), (50, 2, 5))
-    policy = envs.continuous_policy("categorical", logits.reshape(50, 10), 2)
-    action, log_prob = policy.sample_and_log_prob(seed=jax.random.PRNGKey(1))
-    assert action.shape == (50, 2) and set(np.unique(action)) <= {-5.0, -1.25, 0.0, 1.25, 5.0}
-    np.testing.assert_allclose(policy.log_prob(action), log_prob, rtol=1e-5)
-    every = jnp.stack(jnp.meshgrid(policy.values, policy.values), -1).reshape(25, 1, 2)
-    log_probs = jax.vmap(policy.log_prob)(jnp.broadcast_to(every, (25, 50, 2)))
-    np.testing.assert_allclose(jnp.exp(log_probs).sum(0), 1.0, rtol=1e-5)
-    np.testing.assert_allclose(-(jnp.exp(log_probs) * log_probs).sum(0), policy.entropy(), rtol=1e-4)
-    np.testing.assert_allclose(policy.log_prob(policy.mode()), log_probs.max(0), rtol=1e-5)
-
-
-def test_a_normal_policy_cannot_collapse():
-    outputs = jnp.array([[0.2, -1e3, 0.4, 1e3]])
-    policy = envs.continuous_policy("gaussian", outputs, 2)
-    np.testing.assert_allclose(policy.mean(), [[0.2, 0.4]])
-    np.testing.assert_allclose(policy.stddev(), np.exp([[-1.2, 0.3]]), rtol=1e-5)

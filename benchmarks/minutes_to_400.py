@@ -1,0 +1,83 @@
+"""Minutes from the start of `python train_s5.py` to a mean training return of 350 and of 400.
+
+    python benchmarks/minutes_to_400.py                                # two cores, three seeds
+    python benchmarks/minutes_to_400.py --flags --lr 1e-3 --num-minibatches 8
+
+Wall time of the whole process, imports and compilation included (nothing is cached), until the mean return
+of the six tasks over the last --window environment steps reaches a goal. A run ends with its last goal or
+its last step. An empty cell: not reached. Training is annealed over the trainer's --total-timesteps, so a
+shorter run can reach a goal sooner.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from common import RESULTS, ROOT, Table  # first: it finds the project
+
+import experiment
+
+
+def newest_return(folder: Path, window: float) -> float:
+    """Returns the mean over tasks of the returns in the last `window` steps; -inf before so many are done."""
+    if not (folder / "metrics.csv").exists():
+        return -np.inf
+    rows = [row for row in experiment.read_metrics(folder) if row]
+    if not rows or rows[-1]["steps"] < window:
+        return -np.inf
+    recent = [row for row in rows if row["steps"] > rows[-1]["steps"] - window]
+    tasks = [name for name in recent[0] if name.startswith("return/")]
+    return float(np.mean([experiment.nanmean([row[task] for row in recent]) for task in tasks]))
+
+
+def minutes(trainer: str, seed: int, goals: list[float], window: float, flags: list[str]) -> dict[float, float]:
+    """Trains one seed and returns {goal: minutes}, NaN where it is not reached."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        begin = time.perf_counter()
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / trainer), "--seed", str(seed), "--no-evaluate", "--out",
+             f"{folder}/run", *flags], env=os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache"},
+            stdout=subprocess.DEVNULL)
+        try:
+            ended = False
+            while not ended and len(found) < len(goals):
+                time.sleep(0.5)
+                ended = process.poll() is not None  # before the last look at the log
+                now, reached = time.perf_counter() - begin, newest_return(Path(folder, "run"), window)
+                found |= {goal: now / 60 for goal in goals if reached >= goal and goal not in found}
+        finally:
+            process.terminate()
+            process.wait()
+    return {goal: found.get(goal, float("nan")) for goal in goals}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trainer", default="train_s5.py")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--goals", type=float, nargs="+", default=[350.0, 400.0])
+    parser.add_argument("--window", type=float, default=1e6, help="environment steps")
+    parser.add_argument("--out", type=Path, default=RESULTS / "minutes_to_400.csv")
+    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[],
+                        help="of the trainer, last on the command line")
+    options = parser.parse_args()
+    table = Table(options.out)
+    for seed in range(options.seeds):
+        found = minutes(options.trainer, seed, options.goals, options.window, options.flags)
+        table.add(seed=seed, **{f"minutes_to_{goal:g}": x for goal, x in found.items()},
+                  flags=" ".join(options.flags))
+    for goal in options.goals:
+        x = np.array([row[f"minutes_to_{goal:g}"] for row in table.rows])
+        mean, low, high = map(float, experiment.t_interval(x))
+        print(f"{goal:g}: {mean:.2f} minutes [{low:.2f}, {high:.2f}], {np.isfinite(x).sum()} of {len(x)} seeds")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Run folders with agent.msgpack for tests: small networks with random parameters."""
+
+import dataclasses
+import json
+
+import flax.serialization
+import jax
+import numpy as np
+
+import train_s5
+
+TASKS = ("cartpole-swingup", "cartpole-balance")  # trained on, held out; both pay in every step
+SMALL = dict(width=8, layers=1, state_size=8, num_envs=4, num_steps=8, num_minibatches=2, log_every=1,
+             env=TASKS[:1], action_repeat=1, env_kwargs=("max_steps_in_episode=60",))
+
+
+def make_run(folder, trainer=train_s5, settings=({},), seeds=(0,), **changes):
+    """Writes agent.msgpack with parameters under which actions vary a lot. Returns the folder."""
+    config = trainer.Config(**{k: v for k, v in (SMALL | changes).items()
+                               if k in {field.name for field in dataclasses.fields(trainer.Config)}})
+    shapes = jax.eval_shape(trainer.make_train(config).init, jax.random.PRNGKey(0))
+    members = [{"seed": seed, "setting": setting} for setting in settings for seed in seeds]
+    rng = np.random.default_rng(len(folder.name))
+
+    def fill(path, x):
+        name, shape = jax.tree_util.keystr(path), (len(members), *x.shape)
+        value = rng.normal(size=shape).astype(x.dtype) / (np.sqrt(x.shape[0]) if x.ndim > 1 else 2)
+        if "log_dt" in name:
+            return value - 4
+        if "'C'" in name:
+            return 30 * value  # so that the hidden state matters in short trials
+        return np.abs(value) if "var" in name else value
+
+    saved = {name: jax.tree_util.tree_map_with_path(fill, flax.serialization.to_state_dict(getattr(shapes, name)))
+             for name in ("params", "norm")}
+    saved |= {"trainer": trainer.__name__, "update": 3, "members": members,
+              "config": json.loads(json.dumps(dataclasses.asdict(config)))}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "agent.msgpack").write_bytes(flax.serialization.msgpack_serialize(saved))
+    return folder

@@ -1,0 +1,76 @@
+"""vector_s5.py: a step is the sequence, resets cut the past, rotations change nothing."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vector_s5 import VectorS5, inverse
+
+T, N, S, V, n = 35, 5, 3, 2, 12
+
+
+@pytest.fixture(scope="module")
+def case():
+    net = VectorS5(features=16, scalars=S, vectors=V, size=n, actions=2)
+    keys = jax.random.split(jax.random.PRNGKey(0), 4)
+    s, v = jax.random.normal(keys[0], (T, N, S)), 10 * jax.random.normal(keys[1], (T, N, V, n))
+    reset = (jax.random.uniform(keys[2], (T, N)) < 0.08).at[0].set(True)
+    state = net.zero_state((N,))
+    return net, net.init(keys[3], state, s, v, reset), state, s, v, reset
+
+
+def close(a, b, tol=2e-4):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=tol, rtol=tol), a, b)
+
+
+def test_inverse():
+    x = jax.random.normal(jax.random.PRNGKey(1), (7, 5, 9))
+    m = x @ x.mT + 0.1 * jnp.eye(5)
+    close(inverse(m), jnp.linalg.inv(m))
+    gradient = jax.grad(lambda f, m: (jnp.sin(f(m)) * x[..., :5]).sum(), 1)
+    close(gradient(inverse, m), gradient(jnp.linalg.inv, m), 1e-3)
+
+
+def test_step_is_sequence(case):
+    net, params, state, s, v, reset = case
+    end, y = net.apply(params, state, s, v, reset)
+    step, ys = jax.jit(lambda *x: net.apply(params, *x, method="step")), []
+    for t in range(T):
+        state, now = step(state, s[t], v[t], reset[t])
+        ys.append(now)
+    close(jnp.stack(ys), y)
+    close(state, end)
+
+
+def test_sequence_in_two_parts(case):
+    net, params, state, s, v, reset = case
+    y = net.apply(params, state, s, v, reset)[1]
+    state, first = net.apply(params, state, s[:16], v[:16], reset[:16])
+    close(jnp.concatenate([first, net.apply(params, state, s[16:], v[16:], reset[16:])[1]]), y)
+
+
+def test_parallel(case):
+    net, params, *x = case
+    y = [net.clone(parallel=parallel).apply(params, *x)[1] for parallel in (False, True)]
+    close(*y)
+
+
+def test_reset_cuts_the_past(case):
+    net, params, state, s, v, reset = case
+    reset = jnp.zeros_like(reset).at[16].set(True)
+    y = net.apply(params, state, s, v, reset)[1]
+    fresh = net.apply(params, state, s[16:], v[16:], reset[16:])[1]
+    close(y[16:], fresh)
+    assert abs(net.apply(params, state, s, v, jnp.zeros_like(reset))[1][16:] - fresh).max() > 0.1
+
+
+def test_rotation_and_unit_change_nothing(case):
+    net, params, state, s, v, reset = case
+    rotation = 3.0 * jnp.linalg.qr(jax.random.normal(jax.random.PRNGKey(2), (n, n)))[0]
+    close(net.apply(params, state, s, v @ rotation, reset)[1], net.apply(params, state, s, v, reset)[1], 1e-3)
+
+
+def test_gradients_are_finite(case):
+    net, params, *x = case
+    gradient = jax.grad(lambda p: jnp.square(net.apply(p, *x)[1]).sum())(params)
+    assert all(jnp.isfinite(g).all() and (g != 0).any() for g in jax.tree.leaves(gradient))
