@@ -212,16 +212,25 @@ def test_pendulum_is_truncated_and_follows_its_own_equation():
 
 
 def test_brax_environments_have_the_same_interface():
+    """More than ten seconds: brax's physics is compiled."""
     pytest.importorskip("brax")
     with pytest.raises(ValueError, match="brax:ant"):
         envs.make("brax:amt")
-    trials = envs.Trials(["brax:inverted_pendulum"], 3, projection="none", **PLAIN,
-                         env_kwargs={"max_steps_in_episode": 8, "backend": "spring"})
-    assert trials.obs_size == 4 and not trials.discrete
-    out = rollout(trials, 17)
-    assert np.isfinite(out.after.projected).all() and out.transition.episode_end.any()
-    assert not (out.transition.terminated & out.transition.truncated).any()
-    assert (out.transition.reward == 1).any()
+    arguments = {"max_steps_in_episode": 8, "backend": "spring"}
+    trials = envs.Trials(["brax:inverted_pendulum"], 3, projection="none", **PLAIN, env_kwargs=arguments)
+    state, observation = jax.eval_shape(trials.reset, KEY)
+    assert not trials.discrete and observation.projected.shape == (3, 4)
+    assert trials.max_episode_steps == trials.trial_length == 8
+    assert jax.eval_shape(trials.step, state, jnp.zeros((3, 1), int))[1].projected.shape == (3, 4)
+    env, params = envs.make("brax:inverted_pendulum", **arguments)
+    step, record = quick(env.step_env), []
+    obs, state = quick(env.reset_env)(KEY, params)
+    for t in range(17):
+        obs, state, reward, terminated, _ = step(KEY, state, jnp.ones(1), params)
+        assert np.isfinite(obs).all() and state.time == t + 1
+        assert bool(env.is_truncated(state, params)) == (t + 1 >= 8)
+        record.append((float(reward), bool(terminated)))
+    assert (1.0, False) in record and record[-1][1]
     env, params = envs.make("brax:ant", backend="positional")
     assert env.observation_space(params).shape == (27,) and env.action_space(params).shape == (8,)
     assert params.max_steps_in_episode == 1000
