@@ -4,8 +4,8 @@
     python evaluate.py runs/s5 runs/lstm                 # also compares the two runs
     python evaluate.py runs/NAME --tasks finger-spin --replay finger-spin --gif finger-spin
 
-A test is a number of whole trials of every task for every seed of the run, from fixed keys: two
-calls print the same numbers. Each seed has its own trials, so that seeds are independent samples.
+A test is a number of whole trials of every task for every seed of the run. Their keys are fixed, so
+two tests have the same trials. Each seed has its own trials: seeds are independent samples.
 All policies, and the seeds of the same place in other runs, start from the same states under the
 same projections, so that their differences are paired. The policies:
 

@@ -234,6 +234,9 @@ def open_folder(config: Any, options: Options) -> Path:
     """Returns the run folder, a new one with config.json. Every process calls this."""
     if options.resume or not devices.is_first():
         return Path(devices.from_first(options.resume))
+    if not all(isinstance(env, str) for env in config.env):
+        raise ValueError("a run folder needs environments by name, such as --env module:Name; "
+                         "make_train takes the objects themselves")
     trainer = trainer_of(type(config))
     task = config.env[0].replace(":", "-") if len(config.env) == 1 else f"{len(config.env)}tasks"
     name = f"{trainer.removeprefix('train_')}-{task}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -63,6 +63,8 @@ def plot_training(axis) -> None:
     axis.plot(*run("dmcontrol_gpu.csv"), color="crimson", label="ours, one H200 (one seed)", **OURS)
     axis.plot(*metrics("gpu/plain64_metrics.csv"), color="crimson", linestyle=":", linewidth=1.8,
               label="ours, no additions, one H200 (one seed)")
+    axis.plot(*metrics("vector/metrics.csv"), color="seagreen", linewidth=1.8,
+              label="ours, vectors for sysid, one H200 (three seeds)")
     default = next(row for row in read("training.csv") if row["run"] == "default 20 million")
     mean, low, high = (float(default[name]) for name in ("return", "low", "high"))
     axis.errorbar(20, mean, [[mean - low], [high - mean]], color="black", fmt="D", markersize=5, capsize=3,
@@ -80,12 +82,12 @@ def plot_memory(axis) -> None:
         rows = [row for row in read("paper/memory.csv") if row["memory"] == memory]
         lengths, paper, ours, worst = numbers(rows, "at", "paper", "ours", "worst")
         name, colour = memory.replace("self-", ""), COLOURS[memory]
-        axis.plot(lengths, ours, color=colour, label=f"ours: {name}", **OURS)
+        axis.plot(lengths, ours, color=colour, label=f"ours: {name} (shade: worst)", **OURS)
         axis.fill_between(lengths, worst, ours, color=colour, alpha=0.15, linewidth=0)
         axis.plot(lengths, paper, color=colour, label=f"paper: {name}", **PAPER)
     lengths = [4, 16, 64, 256, 1024]
     axis.set(xscale="log", ylim=(-0.3, 1.05), xlabel="episode length (steps)",
-             ylabel="return (0: chance, 1: perfect)", title="MemoryChain, five seeds (shaded: to the worst)")
+             ylabel="return (0: chance, 1: perfect)", title="MemoryChain, five seeds")
     axis.set_xticks(lengths, map(str, lengths))
     axis.minorticks_off()
     add_legend(axis)

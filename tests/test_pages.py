@@ -20,7 +20,7 @@ import train_s5
 
 ROOT = Path(__file__).resolve().parent.parent
 # page: (lines, words) at most
-LIMITS = {"README.md": (100, 900), "CONTRIBUTING.md": (40, 600), "results/README.md": (150, 1500),
+LIMITS = {"README.md": (100, 900), "CONTRIBUTING.md": (40, 600), "results/README.md": (165, 1700),
           "results/NOTES.md": (150, 1200), "benchmarks/README.md": (150, 1200)}
 PAGES = sorted(LIMITS)
 TRAINERS = {"train_s5.py": train_s5, "train_lstm.py": train_lstm}
