@@ -124,9 +124,12 @@ class TestTrials(envs.Trials):
             return state, observation
 
         def convert(matrix, rows, cols):
-            return jnp.concatenate([
-                envs.pad_to(envs.projection_matrix(x[:, :r, :c] * c**0.5, family), x.shape[1:])
-                for x, r, c in zip(self._blocks(matrix), rows, cols)])
+            blocks, sizes, made = self._blocks(matrix), list(zip(rows, cols)), {}
+            for r, c in dict.fromkeys(sizes):  # all of one size together: that compiles sooner
+                same = [i for i, size in enumerate(sizes) if size == (r, c)]
+                normal = jnp.stack([blocks[i][:, :r, :c] for i in same]) * c**0.5
+                made.update(zip(same, envs.projection_matrix(normal, family)))
+            return jnp.concatenate([envs.pad_to(made[i], matrix.shape[1:]) for i in sorted(made)])
 
         obs_matrix = convert(state.obs_matrix, [self.obs_size] * len(self.tasks), self.obs_dims)
         act_matrix = convert(state.act_matrix, self.act_dims, [self.action_dims] * len(self.tasks))
