@@ -54,8 +54,10 @@ def parse_kwargs(texts: tuple[str, ...]) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if not equals:
             raise ValueError(f"env_kwargs {text!r}: expected KEY=VALUE")
-        number = value.lstrip("+-")[:1].isdigit() or value in ("True", "False", "None")
-        kwargs[name] = ast.literal_eval(value) if number else value
+        try:
+            kwargs[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):  # a plain text, such as a name
+            kwargs[name] = value
     return kwargs
 
 

@@ -7,13 +7,7 @@
 A test is a number of whole trials of every task for every seed of the run. Their keys are fixed, so
 two tests have the same trials. Each seed has its own trials: seeds are independent samples.
 All policies, and the seeds of the same place in other runs, start from the same states under the
-same projections, so that their differences are paired. The policies:
-
-    memory    the agent
-    blind     the agent without observations: each is replaced by its running mean. Hidden state,
-              previous action, previous reward and episode starts remain
-    reset     the agent whose hidden state is reset before every step
-    random    uniformly random actions
+same projections, so that their differences are paired.
 """
 
 import csv
@@ -42,7 +36,12 @@ from agent import Agent, load, plain
 
 EVAL_SEED = 230303982  # all randomness of a test
 BINS = 20  # equal parts of a trial, in curves
-POLICIES = ("memory", "blind", "reset", "random")
+POLICIES = {
+    "memory": "the agent",
+    "blind": "the agent without observations: each is replaced by its running mean; hidden state, "
+             "previous action, previous reward and episode starts remain",
+    "reset": "the agent whose hidden state is reset before every step",
+    "random": "uniformly random actions"}
 FAMILIES = ("gaussian", "orthogonal", "rademacher", "identity")  # the last: no projection
 HIDDEN_FIELDS = ("projected", "change", "sysid")  # what a blind agent does not observe
 
@@ -390,7 +389,7 @@ def returns_table(result: Result, index: list[int]) -> str:
     """A row for each task: the agent's return, its interval, the other policies."""
     rows = [(label, [estimate(x[which]) for x in result.returns.values()])
             for label, which in rows_of(result, index)]
-    return grid(["return", "memory", "95 %", *POLICIES[1:]], [
+    return grid(["return", "memory", "95 %", *list(POLICIES)[1:]], [
         [label, number(memory.mean), memory, *(number(e.mean) for e in others)]
         for label, (memory, *others) in rows])
 
@@ -491,12 +490,10 @@ def plot_curves(result: Result, series: dict[str, np.ndarray], path: Path) -> No
 
 
 # ---- Reports -------------------------------------------------------------------------------------
-NOTES = """A return is the sum of the rewards of an episode, or the mean over the episodes of a
-trial. *memory* is the agent. *blind*: all observations are replaced by their means; hidden state,
-previous action and previous reward remain. *reset*: the hidden state is reset before every step.
-*random*: uniformly random actions. 95 %: t interval of the mean over seeds (training runs). With one
-seed it is over that seed's trials; other seeds may lie far outside. All policies have the same
-trials. The CSV files hold all intervals, interquartile means and every trial."""
+NOTES = f"""A return is the sum of the rewards of an episode, or the mean over a trial's episodes.
+Policies: {"; ".join(f"*{name}*, {text}" for name, text in POLICIES.items())}.
+95 %: t interval of the mean over seeds (training runs), or over the trials of the only seed; other
+seeds may lie far outside. The CSV files hold all intervals, interquartile means and every trial."""
 
 
 def describe(result: Result) -> str:

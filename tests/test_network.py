@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -255,6 +256,13 @@ def test_a_blind_policy_depends_on_actions_rewards_and_episode_starts_only(blind
     assert (logits_of(pi) != logits_of(pi_rewarded)).any((2, 3)).all()
 
 
+class Echo(nn.Module):
+    """A memory whose hidden state and output are its input."""
+
+    def __call__(self, hidden, x, reset):
+        return x, x
+
+
 @pytest.mark.parametrize("trainer", [train_s5, train_lstm])
 def test_observations_do_not_drown_actions_in_the_memory(trainer):
     """Two hundred projected numbers move its input less than five others do; all of them bypass it."""
@@ -266,7 +274,8 @@ def test_observations_do_not_drown_actions_in_the_memory(trainer):
         @jax.jit
         def features(projected, context):
             changed = observation._replace(projected=projected, context=context)
-            return network.apply(params, norm, changed, lambda x: (x, x), method="features")
+            return network.clone(memory=Echo()).apply(
+                params, norm, changed, None, None, method="features")
 
         own, _ = features(0.0 * observation.projected, observation.context)
         seen, heads = features(observation.projected, 0.0 * observation.context)

@@ -21,7 +21,7 @@ import train_s5
 ROOT = Path(__file__).resolve().parent.parent
 # page: (lines, words) at most
 LIMITS = {"README.md": (100, 900), "CONTRIBUTING.md": (40, 600), "results/README.md": (165, 1700),
-          "results/NOTES.md": (150, 1200), "benchmarks/README.md": (150, 1200)}
+          "results/NOTES.md": (150, 1200), "benchmarks/README.md": (165, 1250)}
 PAGES = sorted(LIMITS)
 TRAINERS = {"train_s5.py": train_s5, "train_lstm.py": train_lstm}
 PYTEST_AND_RUFF = ("pytest", "venv", "pip")
@@ -198,6 +198,7 @@ def test_every_number_of_the_results_table_is_in_its_csv_file():
     expected = {  # (task, agent) in the README: the row of a CSV file
         ("six projected", "default"): trained("default 20 million"),
         ("six projected", "default, no memory"): trained("sysid without memory 20 million"),
+        ("six projected", "vectors, H200"): trained("vector memory without sysid 20 million"),
         ("six projected", "default, H200"): reproduced(
             "dmcontrol_gpu", 0, memory="S5", at="mean of the six, 500 of 500 million"),
         ("six projected", "no additions, H200"): trained("paper's agent 300 million GPU"),

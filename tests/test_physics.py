@@ -132,34 +132,19 @@ def collect(name, states=3000, tolerance=None, seed=0):
     return tuple(np.array(column) for column in zip(*out))
 
 
-# most programs here run a few times: compile time is what counts
-quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-BLOCK = 100  # states of one call: all tests of a model and a precision share one compiled function
-
-
 @functools.cache
-def block_step(name):
-    return quick(jax.vmap(physics.make_step(load(name), SUBSTEPS.get(name, 2))))
-
-
-def step(name, *inputs, run=None):
-    """One control step from each state, (states, ...), in blocks."""
-    outputs = []
-    for i in range(0, len(inputs[0]), BLOCK):
-        block = [x[i:i + BLOCK] for x in inputs]
-        padding = BLOCK - len(block[0])
-        block = [np.concatenate([x, np.repeat(x[:1], padding, 0)]) for x in block]
-        outputs.append([np.asarray(x)[:BLOCK - padding] for x in (run or block_step(name))(*block)])
-    return [np.concatenate(x) for x in zip(*outputs)]
+def step(name, batch=True):
+    step = physics.make_step(load(name), SUBSTEPS.get(name, 2))
+    return jax.jit(jax.vmap(step)) if batch else step
 
 
 def errors(name, dtype, **kwargs):
     """Largest error of each state (states,), for qpos, qvel and touch, of one control step."""
     qpos, qvel, ctrl, *after, _ = collect(name, **kwargs)
     with jax.enable_x64(dtype == "float64"):
-        got = step(name, *(np.asarray(x, dtype) for x in (qpos, qvel, ctrl)))
+        got = step(name)(*(jnp.asarray(x, dtype) for x in (qpos, qvel, ctrl)))
         assert all(x.dtype == dtype for x in got)
-        return [np.abs(x - y).max(axis=1, initial=0) for x, y in zip(got, after)]
+        return [np.abs(np.asarray(x) - y).max(axis=1, initial=0) for x, y in zip(got, after)]
 
 
 # ---------------------------------------------------------------- parity with C MuJoCo, one control step
@@ -208,7 +193,8 @@ def test_hopper_equals_c_from_random_states():
         rows.append((*before, data.qpos.copy(), data.qvel.copy(), touching, special))
     qpos, qvel, ctrl, new_qpos, new_qvel, touching, special = (np.array(column) for column in zip(*rows))
     with jax.enable_x64(True):
-        got = quick(jax.vmap(physics.make_step(model, 4)))(*(jnp.asarray(x) for x in (qpos, qvel, ctrl)))
+        got = jax.jit(jax.vmap(physics.make_step(model, 4)), compiler_options={
+            "xla_backend_optimization_level": 0})(*(jnp.asarray(x) for x in (qpos, qvel, ctrl)))
     error = np.maximum(np.abs(np.asarray(got[0]) - new_qpos).max(1), np.abs(np.asarray(got[1]) - new_qvel).max(1))
     print(f"hopper: {special.mean():.2%} special, up to {error[special].max():.1e}; others p99.9 "
           f"{np.quantile(error[~special], 0.999):.1e}, max {error[~special].max():.1e}")
@@ -220,10 +206,10 @@ def test_an_accelerators_program_gives_the_same_numbers(monkeypatch):
     """There the solver's turns are unrolled."""
     inputs = collect("finger_turn")[:3]
     with jax.enable_x64(True):
-        here = step("finger_turn", *inputs)
+        here = step("finger_turn")(*inputs)
         monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-        unrolled = quick(jax.vmap(physics.make_step(load("finger_turn"), SUBSTEPS["finger_turn"])))
-        there = step("finger_turn", *inputs, run=unrolled)
+        there = jax.jit(jax.vmap(physics.make_step(load("finger_turn"), SUBSTEPS["finger_turn"])),
+                        compiler_options={"xla_backend_optimization_level": 0})(*inputs)
         for a, b in zip(there, here):
             np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-9)
 
@@ -275,17 +261,18 @@ def test_open_loop_drift(name):
     data.qpos[:] += rng.uniform(-0.1, 0.1, model.nq) * (name != "ball_in_cup")
     mujoco.mj_forward(model, data)
     ctrl = rng.uniform(-1, 1, (steps, model.nu)) * (0.2 if name == "ball_in_cup" else 1)
-    state, qpos = (data.qpos[None].copy(), data.qvel[None].copy()), []
     with jax.enable_x64(True):
-        for u in ctrl:
-            *state, _ = step(name, *state, u[None])
-            qpos.append(state[0][0])
+        def body(state, u):
+            state = step(name, batch=False)(*state, u)[:2]
+            return state, state[0]
+        _, qpos = jax.jit(lambda q, v, u: jax.lax.scan(body, (q, v), u))(
+            *(jnp.asarray(x) for x in (data.qpos, data.qvel, ctrl)))
     truth = []
     for u in ctrl:
         data.ctrl[:] = u
         c_step(model, data, SUBSTEPS[name])
         truth.append(data.qpos.copy())
-    drift = np.abs(np.array(qpos) - truth).max()
+    drift = np.abs(np.asarray(qpos) - truth).max()
     print(f"{name}: {drift:.1e}")
     assert drift < 1e-6
 
@@ -370,11 +357,9 @@ def test_nested_vmap_and_substeps():
 
 @pytest.mark.parametrize("name", ["ball_in_cup", "finger_turn"])
 def test_a_diverged_lane_returns_and_does_not_spread(name):
-    qpos, qvel, ctrl = (np.asarray(x, np.float32) for x in collect(name, tolerance=0.0)[:3])
-    good = step(name, qpos, qvel, ctrl)
-    broken = qvel.copy()
-    broken[1:4] = np.array([1e30, np.nan, 1e8])[:, None]
-    bad = step(name, qpos, broken, ctrl)
+    qpos, qvel, ctrl = (jnp.asarray(x, jnp.float32) for x in collect(name, tolerance=0.0)[:3])
+    good = step(name)(qpos, qvel, ctrl)
+    bad = step(name)(qpos, qvel.at[1].set(1e30).at[2].set(jnp.nan).at[3].set(1e8), ctrl)
     for x, y in zip(good, bad):
         np.testing.assert_array_equal(np.delete(x, [1, 2, 3], 0), np.delete(y, [1, 2, 3], 0))
     assert np.isnan(bad[1][2]).any() and not (np.abs(bad[1][1]) < 1e6).all()
