@@ -359,8 +359,7 @@ def scale_rewards(reward, trial_end, returns, scale, gamma, pmean) -> tuple[Any,
 
     returns, history = jax.lax.scan(accumulate, returns, (reward, trial_end), unroll=8)
     by_task = history.reshape(len(history), len(scale.mean), -1)  # (T, N) -> (T, tasks, N / tasks)
-    n = pmean(jnp.float32(by_task[:, 0].size))
-    scale = scale.merge(n, *moments_of(by_task, (0, 2), pmean))
+    scale = scale.merge(by_task[:, 0].size, *moments_of(by_task, (0, 2), pmean))
     deviation = jnp.sqrt(scale.var)
     deviation = jnp.maximum(deviation, 0.01 * deviation.max() + 1e-4)
     return reward / jnp.repeat(deviation, by_task.shape[2]), returns, scale

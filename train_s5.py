@@ -11,7 +11,7 @@ From Python, a whole run is one pure function:
     out = jax.jit(jax.vmap(train))(jax.vmap(jax.random.PRNGKey)(jnp.arange(4)))
 
 To copy: s5.py and envs.py suffice for gymnax environments and your own; dmc.py, physics.py, sysid.py
-add DMControl; experiment.py and devices.py add run folders.
+add DMControl, vector_s5.py --vector-memory, experiment.py and devices.py run folders.
 
 After Lu et al., "Structured State Space Models for In-Context Reinforcement Learning" (arXiv 2303.03982).
 """
@@ -330,8 +330,7 @@ def scale_rewards(reward, trial_end, returns, scale, gamma, pmean) -> tuple[Any,
 
     returns, history = jax.lax.scan(accumulate, returns, (reward, trial_end), unroll=8)
     by_task = history.reshape(len(history), len(scale.mean), -1)  # (T, N) -> (T, tasks, N / tasks)
-    n = pmean(jnp.float32(by_task[:, 0].size))
-    scale = scale.merge(n, *moments_of(by_task, (0, 2), pmean))
+    scale = scale.merge(by_task[:, 0].size, *moments_of(by_task, (0, 2), pmean))
     deviation = jnp.sqrt(scale.var)
     deviation = jnp.maximum(deviation, 0.01 * deviation.max() + 1e-4)
     return reward / jnp.repeat(deviation, by_task.shape[2]), returns, scale
