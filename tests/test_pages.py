@@ -197,8 +197,8 @@ def reproduced(name: str, digits: int, **wanted: str) -> dict[str, str]:
 def test_every_number_of_the_results_table_is_in_its_csv_file():
     expected = {  # (task, agent) in the README: the row of a CSV file
         ("six projected", "default"): trained("default 20 million"),
-        ("six projected", "default, no memory"): trained("sysid without memory 20 million"),
-        ("six projected", "vectors, H200"): trained("vector memory without sysid 20 million"),
+        ("six projected", "default, S5 reset"): trained("sysid without memory 20 million"),
+        ("six projected", "vector memory, no sysid"): trained("vector memory without sysid 20 million"),
         ("six projected", "default, H200"): reproduced(
             "dmcontrol_gpu", 0, memory="S5", at="mean of the six, 500 of 500 million"),
         ("six projected", "no additions, H200"): trained("paper's agent 300 million GPU"),
