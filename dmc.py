@@ -87,7 +87,7 @@ NUM_UNIFORM = 4 + 3 * CANDIDATES
 
 
 def between(u, low, high):
-    """Uniform random numbers in (low, high) from such in (0, 1)."""
+    """Uniform random numbers in (low, high) from uniform ones in (0, 1)."""
     return low + (high - low) * u
 
 

@@ -37,7 +37,7 @@ HELD_OUT_TASKS = (
     "cartpole-balance", "finger-turn_easy", "pendulum-swingup", "point_mass-hard", "reacher-hard")
 PROJECTIONS = ("gaussian", "orthogonal", "rademacher", "identity", "none")
 ACTION_BINS = 9  # values of a continuous action, per dimension
-CPU_BLOCK = 128  # a CPU steps at most so many environments at once: their numbers then stay in its cache
+CPU_BLOCK = 128  # most environments that a CPU steps at once: their arrays then fit its cache
 
 
 # ---- Environments by name ------------------------------------------------------------------------
@@ -296,7 +296,7 @@ class Trials:
       obs_size: size of a projected observation.
       action_size: dimensions of the agent's continuous action before projection.
       episodes_per_trial: episodes under one pair of projections.
-      action_repeat: environment steps with one action; rewards are summed. All counts are in such steps.
+      action_repeat: environment steps with one action; rewards are summed. Step counts are after it.
       observe_action: observe the previous action.
       observe_change: observe the change of the projected observation.
       sysid: observe the features of sysid.py.

@@ -99,7 +99,7 @@ class Config(MemoryConfig):
     obs_size: int = 12  # size of a projected observation
     action_size: int = 2  # dimensions of the action before projection
     action_repeat: int = 0  # environment steps per action; 0: two for DMControl, else one
-    episodes_per_trial: int = 1  # the hidden state is reset after so many episodes
+    episodes_per_trial: int = 1  # episodes after which the hidden state is reset
     # the agent
     observe_action: bool = True  # observe the previous action
     observe_change: bool = True  # observe the change of the projected observation

@@ -1,4 +1,4 @@
-"""An environment of your own: name a cue that was shown once, some steps ago.
+"""An environment of your own: name a cue that was observed once, some steps ago.
 
     python examples/own_environment.py        # discrete and continuous, half a minute each on one core
     python train_s5.py --env examples.own_environment:CueRecall --env-kwargs delay=20 --lr 4e-3 \

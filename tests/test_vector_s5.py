@@ -7,6 +7,12 @@ import pytest
 from vector_s5 import VectorS5, inverse
 
 T, N, S, V, n = 35, 5, 3, 2, 12
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+def apply(net, params, *inputs):
+    return jax.jit(net.apply)(params, *inputs)
+
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +22,7 @@ def case():
     s, v = jax.random.normal(keys[0], (T, N, S)), 10 * jax.random.normal(keys[1], (T, N, V, n))
     reset = (jax.random.uniform(keys[2], (T, N)) < 0.08).at[0].set(True)
     state = net.zero_state((N,))
-    return net, net.init(keys[3], state, s, v, reset), state, s, v, reset
+    return net, jax.jit(net.init)(keys[3], state, s, v, reset), state, s, v, reset
 
 
 def close(a, b, tol=2e-4):
@@ -33,7 +39,7 @@ def test_inverse():
 
 def test_step_is_sequence(case):
     net, params, state, s, v, reset = case
-    end, y = net.apply(params, state, s, v, reset)
+    end, y = apply(net, params, state, s, v, reset)
     step, ys = jax.jit(lambda *x: net.apply(params, *x, method="step")), []
     for t in range(T):
         state, now = step(state, s[t], v[t], reset[t])
@@ -44,33 +50,33 @@ def test_step_is_sequence(case):
 
 def test_sequence_in_two_parts(case):
     net, params, state, s, v, reset = case
-    y = net.apply(params, state, s, v, reset)[1]
-    state, first = net.apply(params, state, s[:16], v[:16], reset[:16])
-    close(jnp.concatenate([first, net.apply(params, state, s[16:], v[16:], reset[16:])[1]]), y)
+    y = apply(net, params, state, s, v, reset)[1]
+    state, first = apply(net, params, state, s[:16], v[:16], reset[:16])
+    close(jnp.concatenate([first, apply(net, params, state, s[16:], v[16:], reset[16:])[1]]), y)
 
 
 def test_parallel(case):
     net, params, *x = case
-    y = [net.clone(parallel=parallel).apply(params, *x)[1] for parallel in (False, True)]
+    y = [apply(net.clone(parallel=parallel), params, *x)[1] for parallel in (False, True)]
     close(*y)
 
 
 def test_reset_cuts_the_past(case):
     net, params, state, s, v, reset = case
     reset = jnp.zeros_like(reset).at[16].set(True)
-    y = net.apply(params, state, s, v, reset)[1]
-    fresh = net.apply(params, state, s[16:], v[16:], reset[16:])[1]
+    y = apply(net, params, state, s, v, reset)[1]
+    fresh = apply(net, params, state, s[16:], v[16:], reset[16:])[1]
     close(y[16:], fresh)
-    assert abs(net.apply(params, state, s, v, jnp.zeros_like(reset))[1][16:] - fresh).max() > 0.1
+    assert abs(apply(net, params, state, s, v, jnp.zeros_like(reset))[1][16:] - fresh).max() > 0.1
 
 
 def test_rotation_and_unit_change_nothing(case):
     net, params, state, s, v, reset = case
     rotation = 3.0 * jnp.linalg.qr(jax.random.normal(jax.random.PRNGKey(2), (n, n)))[0]
-    close(net.apply(params, state, s, v @ rotation, reset)[1], net.apply(params, state, s, v, reset)[1], 1e-3)
+    close(apply(net, params, state, s, v @ rotation, reset)[1], apply(net, params, state, s, v, reset)[1], 1e-3)
 
 
 def test_gradients_are_finite(case):
     net, params, *x = case
-    gradient = jax.grad(lambda p: jnp.square(net.apply(p, *x)[1]).sum())(params)
+    gradient = jax.jit(jax.grad(lambda p: jnp.square(net.apply(p, *x)[1]).sum()))(params)
     assert all(jnp.isfinite(g).all() and (g != 0).any() for g in jax.tree.leaves(gradient))
