@@ -510,7 +510,7 @@ def make_train(config: Config, make_memory: Callable = make_memory, axis: str | 
         key, learn_key = jax.random.split(runner.key)
         params, opt_state, metrics = learn(
             runner.params, runner.opt_state, norm, hidden, data, annealed, learn_key)
-        # statistics change between iterations only, so that the update sees the inputs acted on
+        # statistics change between iterations only: an update uses the inputs that were acted on
         norm = jax.tree.map(
             lambda old, x: old.merge(shards * x.shape[0] * N, *moments_of(x, (0, 1), pmean)),
             norm, rollout.observation, is_leaf=lambda x: isinstance(x, Moments))

@@ -3,11 +3,11 @@
     python benchmarks/memory_chain.py                              # 10,000 episodes a length, 5 seeds: hours
     python benchmarks/memory_chain.py --lengths 32 128 --episodes 3000 --memories s5 lstm --seeds 2
 
-A bit is shown in the first step and asked for `length` steps later. The return is 1 or -1, on average 0
+A bit is observed in the first step and asked for `length` steps later. The return is 1 or -1, on average 0
 without memory. Lengths and episodes are those of Lu et al. (arXiv 2303.03982). A rollout holds two episodes
 of each of 8 environments, so that gradients reach an episode's start. Lambda is 0.5, because only one action
 of an episode counts. As in bsuite, agents do not observe their previous action: random actions add up in a
-memory and drown a bit that was shown once. The transformer attends to a whole episode. All memories have as
+memory and drown a bit that was observed once. The transformer attends to a whole episode. All memories have as
 many parameters.
 
 Columns: mean return over the last tenth of training with a 95 % t interval over seeds; microseconds of

@@ -226,7 +226,7 @@ def test_trials_of_several_episodes():
 
 
 def test_discrete_actions_are_permuted_in_every_trial():
-    """Uniform over all permutations, the same throughout a trial, and what the environment is told."""
+    """Uniform over all permutations, constant within a trial, and passed to the environment."""
     trials = envs.Trials(["popgym:RepeatPreviousEasy"], 24 * 40, projection="gaussian", obs_size=5,
                          episodes_per_trial=2, **PLAIN)
     assert trials.num_bins == 4
