@@ -472,7 +472,8 @@ def plot_returns(result: Result, series: dict[str, np.ndarray], path: Path) -> N
 def plot_curves(result: Result, series: dict[str, np.ndarray], path: Path) -> None:
     """Reward against time in the trial, a panel for each task; series as Result.curves."""
     columns = min(4, len(result.tasks))
-    figure, axes = experiment.panels(math.ceil(len(result.tasks) / columns), columns, 2.6, 2.1)
+    width = max(2.6, 5.2 / columns)  # room for the legend and the label of the axis
+    figure, axes = experiment.panels(math.ceil(len(result.tasks) / columns), columns, width, 2.1)
     for axis in axes.flat[len(result.tasks):]:
         axis.remove()
     for i, (axis, task) in enumerate(zip(axes.flat, result.tasks)):
