@@ -86,10 +86,9 @@ class Agent:
 
     @functools.cached_property
     def first(self):
-        """(parameters, statistics, prepared parameters) of the first seed."""
+        """(parameters, statistics) of the first seed."""
         with jax.ensure_compile_time_eval():  # the first use may be inside jax.jit
-            params, norm = jax.tree.map(lambda x: x[0], (self.params, self.norm))
-            return params, norm, self.network.apply(params, method="prepare")
+            return jax.tree.map(lambda x: x[0], (self.params, self.norm))
 
     @functools.partial(jax.jit, static_argnums=0)
     def start(self, obs: jax.Array) -> tuple[Any, Inputs]:
@@ -111,10 +110,10 @@ class Agent:
         """(Action, hidden state after it). The action is a sample or, if deterministic, the mode."""
         if key is None and not deterministic:
             raise ValueError("act needs a key, or deterministic=True")
-        params, norm, prepared = self.first
+        params, norm = self.first
         reset = inputs.reset | (self.config.reset == "step")
         hidden, pi, _ = self.network.apply(
-            params, prepared, norm, hidden, inputs.observation, reset, critic=False, method="step")
+            params, norm, hidden, inputs.observation, reset, critic=False)
         bins, trials = pi.mode() if deterministic else pi.sample(seed=key), self.trials
         if trials.discrete:
             value = bins[:, 0]

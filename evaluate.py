@@ -202,15 +202,14 @@ def make_rollout(agent, tasks, trials, policies, deterministic=False, record=Fal
         return jnp.argmax(logits + noise * (random[..., None, None] | (not deterministic)), -1)
 
     def rollout(params, norm, state, observation, key):
-        act = functools.partial(agent.network.apply, params, critic=False, method="step")
-        prepared = agent.network.apply(params, method="prepare")
+        act = functools.partial(agent.network.apply, params, norm, critic=False)
         V, N = observation.context.shape[:2]
 
         def step(carry, t):
             state, observation, hidden, reset, alive = carry
             inputs = jax.tree.map(lambda x: x.reshape(V * N, *x.shape[2:]),
                                   (hide(norm, observation), reset | every_step))
-            hidden, pi, _ = act(prepared, norm, hidden, *inputs)
+            hidden, pi, _ = act(hidden, *inputs)
             action = choose(pi, jax.random.fold_in(key, t))
             result = {"alive": alive}
             if record:

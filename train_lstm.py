@@ -40,7 +40,7 @@ class MemoryConfig:
 class Memory(nn.Module):
     """Blocks of LayerNorm -> LSTM or GRU -> dense -> residual, reset inside the scan.
 
-    zero_state(batch_shape), prepare(), step(prepared, hidden, x, reset), __call__(hidden, x, reset).
+    Its interface: zero_state(batch_shape), __call__(hidden, x, reset) and step(hidden, x, reset).
     """
 
     config: Any
@@ -57,10 +57,7 @@ class Memory(nn.Module):
         zeros = jnp.zeros((*batch_shape, hidden_size(self.config)))
         return ((zeros, zeros) if self.config.cell == "lstm" else zeros,) * self.config.layers
 
-    def prepare(self):
-        return ()
-
-    def step(self, prepared, hidden, x, reset):
+    def step(self, hidden, x, reset):
         hidden = jax.tree.map(lambda h: jnp.where(reset[..., None], 0.0, h), hidden)
         new = []
         for norm, cell, output, state in zip(self.norms, self.cells, self.outputs, hidden):
@@ -70,7 +67,7 @@ class Memory(nn.Module):
         return tuple(new), x
 
     def __call__(self, hidden, x, reset):
-        scan = nn.scan(lambda memory, *args: memory.step((), *args), variable_broadcast="params",
+        scan = nn.scan(lambda memory, *args: memory.step(*args), variable_broadcast="params",
                        split_rngs={"params": False})
         return scan(self, hidden, x, reset)
 
@@ -85,7 +82,7 @@ def hidden_size(config: Any) -> int:
 
 
 def make_memory(config: Any) -> nn.Module:
-    """The agent's memory. Any flax module with the four methods of `Memory` can take its place."""
+    """The agent's memory. Any flax module with the three methods of `Memory` can take its place."""
     return Memory(config)
 
 
@@ -130,15 +127,18 @@ class Config(MemoryConfig):
     def __post_init__(self):
         may_be_zero = ("action_repeat", "gamma", "gae_lambda", "ent_coef", "vf_coef")
         for field in dataclasses.fields(self):
-            value, choices = getattr(self, field.name), get_args(field.type)
-            if get_origin(field.type) is Literal:
-                valid, expected = value in choices, f"one of {', '.join(choices)}"
+            value, kind = getattr(self, field.name), get_origin(field.type) or field.type
+            if kind is Literal:
+                expected = f"one of {', '.join(get_args(field.type))}"
+                valid = value in get_args(field.type)
+            elif kind in (int, float):
+                least = "at least" if field.name in may_be_zero else "above"
+                expected = f"{kind.__name__}, finite and {least} 0"
+                valid = isinstance(value, (int, kind)) and not isinstance(value, bool)
+                valid = valid and (0 < value < 2**40 or value == 0 and field.name in may_be_zero)
             else:
-                kind = get_origin(field.type) or field.type
-                valid, expected = isinstance(value, (int, float) if kind is float else kind), kind.__name__
-            if valid and field.type in (int, float):
-                least = 0 if field.name in may_be_zero else 1e-9
-                valid, expected = value >= least, "positive" if least else "at least 0"
+                expected = kind.__name__
+                valid = isinstance(value, kind)
             if not valid:
                 raise ValueError(f"{field.name} must be {expected}, got {value!r}")
         if max(self.gamma, self.gae_lambda) > 1:
@@ -242,59 +242,56 @@ class ActorCritic(nn.Module):
     @nn.nowrap
     def zero_state(self, batch_shape):
         """The hidden state of environments (*batch_shape) whose trials have not begun."""
-        hidden = self.memory.zero_state(batch_shape)
-        return (hidden, self.vectors.zero_state(batch_shape)) if self.vectors else hidden
+        return tuple(part.zero_state(batch_shape) for part in (self.memory, self.vectors) if part)
 
-    def features(self, norm, observation, hidden, reset, prepared=None):
-        """(hidden state, features (..., 2 width) for the heads): one step if `prepared`, else sequences.
+    def __call__(self, norm, hidden, observation, reset, critic=True):
+        """The agent over sequences, or in one step.
+
+        Args:
+          norm: envs.Observation of Moments.
+          hidden: hidden state before the first step.
+          observation: of sequences (T, N, ...) or of one step (N, ...).
+          reset: (T, N) or (N,) bool, whether the hidden state is reset before the step.
+          critic: also compute the value, which may need the raw state.
+
+        Returns:
+          (hidden state, distribution of actions (..., N, action_dims) int32, value (..., N) in the scale of
+          the task's rewards or None).
+        """
+        hidden, x = self.features(norm, hidden, observation, reset)
+        logits = flat(lambda x: self.policy_head(nn.gelu(self.actor(x))), x)
+        logits = logits.reshape(*reset.shape, self.action_dims, self.num_bins)
+        policy = distrax.Independent(distrax.Categorical(logits=logits), 1)
+        if not critic:
+            return hidden, policy, None
+        if observation.state.shape[-1]:
+            state = flat(self.state_encoder, norm.state.normalise(observation.state))
+            x = jnp.concatenate([x, state], -1)
+        return hidden, policy, flat(lambda x: self.value_head(nn.gelu(self.critic(x))), x)[..., 0]
+
+    def features(self, norm, hidden, observation, reset):
+        """(hidden state, features (..., 2 width) for the heads).
 
         Observation features bypass the memory. They also enter it, scaled by 0.1 under a projection,
         because they outnumber action and reward and would drown them early in training.
         """
+        memory, vectors = self.memory, self.vectors
+        if reset.ndim == 1:
+            memory, vectors = memory.step, vectors and vectors.step
         parts = [getattr(norm, name).normalise(getattr(observation, name))
                  for name in ("projected", "change", "sysid")]
-        observed = (0.0 if self.config.blind else 1.0) * jnp.concatenate(parts, -1)
+        visible = 0.0 if self.config.blind else 1.0
+        observed = flat(self.observation_encoder, visible * jnp.concatenate(parts, -1))
         context = norm.context.normalise(observation.context)
-        observed = flat(self.observation_encoder, observed)
-        if self.vectors:
-            hidden, state = hidden
-            run = self.vectors if prepared is None else self.vectors.step
-            state, found = run(state, context[..., :-2], vectors_of(observation), reset)
-            observed = observed + (0.0 if self.config.blind else 1.0) * found
+        found = ()
+        if vectors:
+            *found, y = vectors(hidden[1], context[..., :-2], vectors_of(observation), reset)
+            observed = observed + visible * y
         scale = 1.0 if make_trial_kwargs(self.config)["projection"] in ("identity", "none") else 0.1
         x = nn.gelu(flat(self.context_encoder, context) + scale * observed)
-        run = self.memory if prepared is None else partial(self.memory.step, prepared)
-        hidden, x = run(hidden, x, reset)
+        state, x = memory(hidden[0], x, reset)
         bypass = nn.gelu(flat(self.bypass, nn.gelu(observed)))
-        hidden = (hidden, state) if self.vectors else hidden
-        return hidden, jnp.concatenate([self.memory_norm(x), bypass], -1)
-
-    def policy(self, features):
-        """Distribution of actions (..., action_dims) int32, independent bins in every dimension."""
-        logits = flat(lambda x: self.policy_head(nn.gelu(self.actor(x))), features)
-        logits = logits.reshape(*logits.shape[:-1], self.action_dims, self.num_bins)
-        return distrax.Independent(distrax.Categorical(logits=logits), 1)
-
-    def value(self, norm, features, observation):
-        """(...) float32, in the scale of the task's rewards."""
-        if observation.state.shape[-1]:
-            state = flat(self.state_encoder, norm.state.normalise(observation.state))
-            features = jnp.concatenate([features, state], -1)
-        return flat(lambda x: self.value_head(nn.gelu(self.critic(x))), features)[..., 0]
-
-    def __call__(self, norm, hidden, observation, reset):
-        """Whole sequences (T, N, ...), reset (T, N) -> (hidden state, policy, value (T, N))."""
-        hidden, x = self.features(norm, observation, hidden, reset)
-        return hidden, self.policy(x), self.value(norm, x, observation)
-
-    def prepare(self):
-        """What `step` needs that depends on the parameters alone; once per rollout."""
-        return self.memory.prepare()
-
-    def step(self, prepared, norm, hidden, observation, reset, critic=True):
-        """One step (N, ...), reset (N,) -> (hidden state, policy, value (N,), or None without critic)."""
-        hidden, x = self.features(norm, observation, hidden, reset, prepared)
-        return hidden, self.policy(x), self.value(norm, x, observation) if critic else None
+        return (state, *found), jnp.concatenate([self.memory_norm(x), bypass], -1)
 
 
 # ---- PPO -----------------------------------------------------------------------------------------
@@ -347,14 +344,15 @@ def gae(reward, value, last_value, terminated, trial_end, gamma, lam) -> jax.Arr
 
 
 def scale_rewards(reward, trial_end, returns, scale, gamma, pmean) -> tuple[Any, jax.Array, Moments]:
-    """Rewards (T, N) over the running deviation of their task's discounted returns.
+    """Rewards (T, N) over the running deviation of their task's discounted returns, at most 10 in size.
 
     With one scale for all tasks the critic would learn little of those that pay little (compare van
-    Hasselt et al., arXiv 1602.07714). The smallest scale is a hundredth of the largest. `returns` (N,)
-    and `scale`, Moments (tasks,), are carried from rollout to rollout and returned second and third.
+    Hasselt et al., arXiv 1602.07714). The smallest scale is a hundredth of the largest. The bound is for
+    rewards that come after long zeros. `returns` (N,) and `scale`, Moments (tasks,), are carried from
+    rollout to rollout and returned second and third.
     """
     def accumulate(total, x):
-        total = total * gamma + x[0]
+        total = jnp.clip(total * gamma + x[0], -1e12, 1e12)  # its square must be finite
         return total * (1.0 - x[1]), total
 
     returns, history = jax.lax.scan(accumulate, returns, (reward, trial_end), unroll=8)
@@ -362,7 +360,8 @@ def scale_rewards(reward, trial_end, returns, scale, gamma, pmean) -> tuple[Any,
     scale = scale.merge(by_task[:, 0].size, *moments_of(by_task, (0, 2), pmean))
     deviation = jnp.sqrt(scale.var)
     deviation = jnp.maximum(deviation, 0.01 * deviation.max() + 1e-4)
-    return reward / jnp.repeat(deviation, by_task.shape[2]), returns, scale
+    scaled = reward / jnp.repeat(deviation, by_task.shape[2])
+    return jnp.clip(scaled, -10.0, 10.0), returns, scale
 
 
 def normalise_advantages(advantage: jax.Array, tasks: int, pmean: Callable) -> jax.Array:
@@ -442,12 +441,11 @@ def make_train(config: Config, make_memory: Callable = make_memory, axis: str | 
 
     def collect(runner):
         """(runner, Rollout, value (N,) after it)."""
-        act = partial(network.apply, runner.params, method="step")
-        prepared = network.apply(runner.params, method="prepare")
+        act = partial(network.apply, runner.params, runner.norm)
         key, action_key = jax.random.split(runner.key)
 
         def env_step(runner, t):
-            hidden, pi, value = act(prepared, runner.norm, runner.hidden, runner.observation, runner.reset)
+            hidden, pi, value = act(runner.hidden, runner.observation, runner.reset)
             keys = trials.split(jax.random.fold_in(action_key, t))
             action, log_prob = jax.vmap(lambda pi, key: pi.sample_and_log_prob(seed=key))(pi, keys)
             env_state, observation, transition = trials.step(runner.env_state, action, t)
@@ -458,7 +456,7 @@ def make_train(config: Config, make_memory: Callable = make_memory, axis: str | 
                                    reset=reset), step
 
         runner, rollout = jax.lax.scan(env_step, runner, jnp.arange(config.num_steps))
-        _, _, last_value = act(prepared, runner.norm, runner.hidden, runner.observation, runner.reset)
+        _, _, last_value = act(runner.hidden, runner.observation, runner.reset)
         return runner._replace(key=key), rollout, last_value
 
     def learn(params, opt_state, norm, hidden, data, hyper, key):

@@ -248,13 +248,12 @@ def play_two_trials(trainer, config, agent, seed):
                     for name in ("params", "norm"))
 
     def play():
-        prepared = network.apply(params, method="prepare")
         state, observation = trials.reset(key, stagger=False)
 
         def step(carry, t):
             state, observation, hidden, reset, trial, totals = carry
             hidden, pi, _ = network.apply(
-                params, prepared, norm, hidden, observation, reset, method="step", critic=False)
+                params, norm, hidden, observation, reset, critic=False)
             action = pi.sample(seed=jax.random.fold_in(key, t))
             episode = state.counters.episode
             state, observation, transition = trials.step(state, action, t)

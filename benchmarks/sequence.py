@@ -71,10 +71,8 @@ def compile_cost(memory: Any, cost: str, length: int, batch: int, width: int) ->
         return (forward(*args) ** 2).mean()
 
     def acting(params, hidden, x, reset):
-        prepared = memory.apply(params, method="prepare")
-
         def step(hidden, inputs):
-            return memory.apply(params, prepared, hidden, *inputs, method="step")
+            return memory.apply(params, hidden, *inputs, method="step")
 
         return jax.lax.scan(step, hidden, (x, reset))
 

@@ -94,12 +94,11 @@ def play(train: Any, num_steps: int, env_state: Any, actions: jax.Array) -> Any:
 
 def collect(train: Any, num_steps: int, runner: Any) -> Any:
     """A rollout of the policy, as in make_train's `collect`."""
-    act = partial(train.network.apply, runner.params, method="step")
-    prepared = train.network.apply(runner.params, method="prepare")
+    act = partial(train.network.apply, runner.params, runner.norm)
 
     def step(carry, t):
         env_state, observation, hidden, reset = carry
-        hidden, pi, value = act(prepared, runner.norm, hidden, observation, reset)
+        hidden, pi, value = act(hidden, observation, reset)
         keys = train.trials.split(jax.random.fold_in(runner.key, t))
         action, log_prob = jax.vmap(lambda pi, key: pi.sample_and_log_prob(seed=key))(pi, keys)
         env_state, new, transition = train.trials.step(env_state, action, t)
@@ -108,7 +107,7 @@ def collect(train: Any, num_steps: int, runner: Any) -> Any:
     carry = runner.env_state, runner.observation, runner.hidden, runner.reset
     carry, rollout = jax.lax.scan(step, carry, jnp.arange(num_steps))
     _, observation, hidden, reset = carry
-    return carry, rollout, act(prepared, runner.norm, hidden, observation, reset)
+    return carry, rollout, act(hidden, observation, reset)
 
 
 def measure(trainer: Any, config: Any, seeds: int, rate: float, repeats: int) -> dict[str, Any]:

@@ -4,7 +4,7 @@
 
 Every head adds the outer product of a key and a value to a matrix that decays, and reads the matrix
 with a query: S_t = decay S_{t-1} + k_t v_t^T, y_t = q_t S_t (Sun et al., arXiv 2307.08621).
-`make_train` takes any flax module with the methods zero_state, prepare, step and __call__ as below.
+`make_train` takes any flax module with the methods zero_state, step and __call__ as below.
 """
 
 import flax.linen as nn
@@ -27,10 +27,7 @@ class LinearAttention(nn.Module):
     def zero_state(self, batch_shape):
         return jnp.zeros((*batch_shape, self.heads * self.head_size**2))
 
-    def prepare(self):
-        return ()  # `step` needs nothing but the parameters
-
-    def step(self, prepared, hidden, x, reset):
+    def step(self, hidden, x, reset):
         """One step: x (B, features), reset (B,) -> hidden state, output (B, features)."""
         hidden, y = self(hidden, x[None], reset[None])
         return hidden, y[0]

@@ -172,10 +172,7 @@ class Memory(nn.Module):
         zeros = jnp.zeros((*batch_shape, config.heads, config.window, config.head_size))
         return (Cache(zeros, zeros, count, count),) * config.layers
 
-    def prepare(self):
-        return ()
-
-    def step(self, prepared, hidden, x, reset):
+    def step(self, hidden, x, reset):
         return self.through(TransformerBlock.step, hidden, x, reset)
 
     def __call__(self, hidden, x, reset):

@@ -117,11 +117,13 @@ class TrainedCopy:
 
 # ---- Configuration -------------------------------------------------------------------------------
 @pytest.mark.parametrize("changes,message", [
-    (dict(lr=-1.0), "lr must be positive"), (dict(lr=0.0), "lr must be positive"),
-    (dict(lr=float("nan")), "lr must be positive"), (dict(lr="high"), "lr must be float"),
-    (dict(num_steps=0), "num_steps must be positive"), (dict(num_steps=1.5), "num_steps must be int"),
+    (dict(lr=-1.0), "lr must be float, finite and above 0"), (dict(lr=0.0), "lr must be float, .* above 0"),
+    (dict(lr=float("nan")), "lr must be float, finite"), (dict(lr=float("inf")), "lr must be float, finite"),
+    (dict(lr="high"), "lr must be float"), (dict(ent_coef=-1), "ent_coef must be float, finite and at least 0"),
+    (dict(num_steps=0), "num_steps must be int, finite and above 0"), (dict(num_steps=True), "num_steps must be int"),
+    (dict(num_steps=1.5), "num_steps must be int"), (dict(num_envs=2**50), "num_envs must be int, finite"),
     (dict(gamma=1.5), "gamma and gae_lambda must be at most 1"),
-    (dict(action_repeat=-1), "action_repeat must be at least 0"),
+    (dict(action_repeat=-1), "action_repeat must be int, finite and at least 0"),
     (dict(num_envs=7), "num_envs=7 must be divisible by tasks x minibatches = 1 x 2"),
     (dict(env=()), "env"), (dict(env="CartPole-v1"), "env must be tuple, got 'CartPole-v1'"),
     (dict(reset="off"), "reset must be one of trial, step, never, got 'off'"),
@@ -208,14 +210,13 @@ def test_steps_equal_a_sequence(name):
     assert value.shape == (T, B) and logits_of(pi).shape == (T, B, 2, 9)
 
     @jax.jit
-    def prepared_step(hidden, now, reset):
-        prepared = network.apply(params, method="prepare")
-        step = functools.partial(network.apply, params, prepared, norm, hidden, now, reset, method="step")
+    def act(hidden, now, reset):
+        step = functools.partial(network.apply, params, norm, hidden, now, reset)
         return step(critic=True), step(critic=False)
 
     for t in range(T):
         now = jax.tree.map(lambda x: x[t], observation)
-        step, without_critic = prepared_step(hidden, now, reset[t])
+        step, without_critic = act(hidden, now, reset[t])
         hidden, step_pi, step_value = step
         np.testing.assert_allclose(step_value, value[t], atol=1e-5)
         np.testing.assert_allclose(logits_of(step_pi), logits_of(pi)[t], atol=1e-5)
@@ -289,10 +290,10 @@ def test_observations_do_not_drown_actions_in_the_memory(trainer):
         def features(projected, context):
             changed = observation._replace(projected=projected, context=context)
             return network.clone(memory=Echo()).apply(
-                params, norm, changed, None, None, method="features")
+                params, norm, (None,), changed, jnp.zeros((50, B), bool), method="features")
 
-        own, _ = features(0.0 * observation.projected, observation.context)
-        seen, heads = features(observation.projected, 0.0 * observation.context)
+        (own,), _ = features(0.0 * observation.projected, observation.context)
+        (seen,), heads = features(observation.projected, 0.0 * observation.context)
         moved[projection] = own.std((0, 1)).mean() / seen.std((0, 1)).mean()
         assert heads[..., network.config.width:].std((0, 1)).mean() > 0.05
     assert moved["gaussian"] > 5 and 0.5 < moved["none"] < 2
