@@ -93,17 +93,10 @@ class Agent:
     @functools.partial(jax.jit, static_argnums=0)
     def start(self, obs: jax.Array) -> tuple[Any, Inputs]:
         """(hidden state, Inputs) at the start of trials; obs (N, ...), the first observations."""
-        obs, trials = self._flat(obs), self.trials
-        N = len(obs)
-        zeros, no, yes = jnp.zeros(N), jnp.zeros(N, bool), jnp.ones(N, bool)
-        state = envs.TrialsState(
-            env=(), obs_matrix=None, act_matrix=None, spare=envs.Start((), obs, None, None),
-            projected=obs, sysid=trials._start_sysid(obs), key=None,
-            counters=envs.Counters(None, jnp.zeros(N, jnp.int32), None, None))
-        state, observation = trials._restart(
-            state, obs, jnp.zeros((N, trials.action_width)), jnp.zeros((N, trials._num_sysid)),
-            envs.Transition(zeros, yes, yes, yes, no, None, None))
-        return self.network.zero_state((N,)), Inputs(observation, yes, state, jnp.int32(0))
+        obs = self._flat(obs)
+        state, observation = self.trials.begin(envs.Start((), obs, None, None))
+        reset = jnp.ones(len(obs), bool)
+        return self.network.zero_state(reset.shape), Inputs(observation, reset, state, jnp.int32(0))
 
     @functools.partial(jax.jit, static_argnums=0, static_argnames="deterministic")
     def act(self, hidden, inputs, key=None, deterministic=False) -> tuple[Action, Any]:
@@ -118,7 +111,7 @@ class Agent:
         if trials.discrete:
             value = bins[:, 0]
         elif trials.projection == "none":
-            value = trials._control(None, bins).reshape(-1, *trials.act_shapes[0])
+            value = trials.control(None, bins).reshape(-1, *trials.act_shapes[0])
         else:
             value = envs.action_values(trials.num_bins)[bins]
         return Action(bins, value), hidden
@@ -146,12 +139,12 @@ class Agent:
         last = obs if final_obs is None else envs.select(end, self._flat(final_obs), obs)
         transition = envs.Transition(jnp.asarray(reward, jnp.float32), end, no, trial_end,
                                      end if final_obs is None else no, None, None)
-        own_action = trials._observed_action(action.bins)
-        sysid, features = trials._identify(state, own_action, last, transition, inputs.step)
+        own_action = trials.observed_action(action.bins)
+        sysid, features = trials.identify(state, own_action, last, transition, inputs.step)
         state = state.replace(
             sysid=sysid, spare=envs.Start((), obs, None, None),
             counters=state.counters._replace(episode=jnp.where(trial_end, 0, episode)))
-        state, observation = trials._restart(
+        state, observation = trials.restart(
             state, obs, own_action, features, transition._replace(diverged=no))
         reset = trial_end & (self.config.reset != "never")
         return Inputs(observation, reset, state, inputs.step + 1)
@@ -160,7 +153,7 @@ class Agent:
         """Observations of N environments as float32 (N, obs_size)."""
         obs = jnp.asarray(obs)
         if self.trials.projection == "none":
-            obs = self.trials._flat_obs(0, obs)
+            obs = self.trials.flat_obs(0, obs)
         if obs.ndim != 2 or obs.shape[1] != self.trials.obs_size:
             raise ValueError(f"expected observations (N, {self.trials.obs_size}), got {obs.shape}")
         return obs.astype(jnp.float32)

@@ -17,12 +17,14 @@ one of their environments, or system identification, is requested.
 """
 
 import ast
+import dataclasses
 import difflib
 import importlib
+import inspect
 import math
 import sys
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +39,10 @@ HELD_OUT_TASKS = (
     "cartpole-balance", "finger-turn_easy", "pendulum-swingup", "point_mass-hard", "reacher-hard")
 PROJECTIONS = ("gaussian", "orthogonal", "rademacher", "identity", "none")
 ACTION_BINS = 9  # values of a continuous action, per dimension
+FAMILIES = ("dmc", "popgym", "brax", "gymnax")  # "dmc:" and "gymnax:" are left out of names
 CPU_BLOCK = 128  # most environments that a CPU steps at once: their arrays then fit its cache
+NO_LIMIT = 2**30  # steps of an episode without a time limit
+LARGEST = 1e15  # observations beyond it count as diverged: sums of their squares would overflow
 
 
 # ---- Environments by name ------------------------------------------------------------------------
@@ -54,8 +59,11 @@ def parse_kwargs(texts: tuple[str, ...]) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if not equals:
             raise ValueError(f"env_kwargs {text!r}: expected KEY=VALUE")
+        if name in kwargs:
+            raise ValueError(f"env_kwargs: {name} is given twice")
+        words = {"true": True, "false": False, "none": None}
         try:
-            kwargs[name] = ast.literal_eval(value)
+            kwargs[name] = words[value.lower()] if value.lower() in words else ast.literal_eval(value)
         except (ValueError, SyntaxError):  # a plain text, such as a name
             kwargs[name] = value
     return kwargs
@@ -75,77 +83,142 @@ def make(name: Any, **kwargs: Any) -> tuple[Any, Any]:
       (environment, parameters).
 
     Raises:
-      ValueError: unknown name, or one that cannot be imported. The nearest known names are given.
-      TypeError: unknown keyword argument.
+      ValueError: an unknown name, for which the nearest known names are given, or "help", for which all
+        are given; a keyword argument that is unknown, of a wrong type or out of range.
     """
-    build = _builder(name) if isinstance(name, str) else lambda: name
-    fields = getattr(build().default_params, "__dataclass_fields__", ()) if kwargs else ()
-    env = build(**{key: value for key, value in kwargs.items() if key not in fields})
-    changes = {key: value for key, value in kwargs.items() if key in fields}
-    return env, env.default_params.replace(**changes) if changes else env.default_params
+    build = _constructor(name) if isinstance(name, str) else lambda: name
+    arguments = inspect.signature(build).parameters.values()
+    open_ended = any(argument.kind is argument.VAR_KEYWORD for argument in arguments)
+    defaults = {argument.name: argument.default for argument in arguments}
+    env = build(**_typed(kwargs, defaults))
+    missing = [x for x in ("default_params", "reset_env", "step_env") if not hasattr(env, x)]
+    if missing:
+        raise ValueError(f"{name!r} is not a gymnax-style environment: no {', '.join(missing)}")
+    params = env.default_params
+    fields = {key: getattr(params, key) for key in getattr(params, "__dataclass_fields__", ())}
+    unknown = kwargs.keys() - (defaults | fields).keys()
+    if unknown and not open_ended:
+        raise ValueError(f"{name} has no argument {', '.join(sorted(unknown))}; "
+                         f"known: {', '.join(defaults | fields) or 'none'}")
+    if unknown:
+        env = build(**{key: value for key, value in kwargs.items() if key not in fields})
+    changes = _typed(kwargs, fields)
+    params = params.replace(**changes) if changes else params
+    limit = getattr(params, "max_steps_in_episode", None)
+    limit = NO_LIMIT if limit is None else limit
+    if not 1 <= limit <= NO_LIMIT:
+        raise ValueError(f"{name}: max_steps_in_episode must be in 1 ... {NO_LIMIT}, got {limit}")
+    if not 1 <= getattr(params, "memory_length", 1) < max(limit, 2):  # only its last step is rewarded
+        raise ValueError(f"{name}: memory_length must be in 1 ... {limit - 1}, below "
+                         f"max_steps_in_episode, got {params.memory_length}")
+    return env, params
 
 
-def _builder(name: str) -> Any:
-    """The constructor of the environment called `name`."""
-    prefix, _, rest = name.rpartition(":")
-    if is_dmc(name):
+def _typed(kwargs: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments that have a default, in the type of the default: 1e3 is 1000 for an int."""
+    typed = {key: value for key, value in kwargs.items() if key in defaults}
+    for key, value in typed.items():
+        kind = type(defaults[key])
+        number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+        fits = {bool: isinstance(value, bool), str: isinstance(value, str), float: number,
+                int: number and value % 1 == 0}
+        if not fits.get(kind, True):
+            raise ValueError(f"{key} must be of type {kind.__name__}, got {value!r}")
+        typed[key] = kind(value) if kind in fits else value
+    return typed
+
+
+def _constructors(family: str) -> dict[str, Callable]:
+    """{name: constructor} of a family of environments. ImportError if its packages are missing."""
+    if family == "dmc":
         import dmc
-        known, build = dmc.TASKS, partial(dmc.DMC, rest)
-    elif prefix == "popgym":
+        return {task: partial(dmc.DMC, task) for task in dmc.TASKS}
+    if family == "popgym":
         import popgym
-        known, build = popgym.TASKS, popgym.TASKS.get(rest)
-    elif prefix == "brax":
+        return popgym.TASKS
+    if family == "brax":
         import brax_env
-        known, build = brax_env.names(), partial(brax_env.Brax, rest)
-    elif prefix:
-        if "" not in sys.path:
-            sys.path.append("")  # the working directory
-        try:
-            return getattr(importlib.import_module(prefix), rest)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"environment {name!r} cannot be imported: {error}") from None
-    else:
-        import gymnax
-        known = gymnax.registered_envs
+        return {task: partial(brax_env.Brax, task) for task in brax_env.names()}
+    import gymnax
+    return {task: partial(gymnax.make, task) for task in gymnax.registered_envs}
 
-        def build(**kwargs):
-            return gymnax.make(name, **kwargs)[0]
-    if rest not in known:
-        tasks = [f"{prefix}:{task}" if prefix else task for task in known]
-        nearest = difflib.get_close_matches(name, tasks, n=3, cutoff=0.4) or sorted(tasks)
-        raise ValueError(f"unknown environment {name!r}; nearest: {', '.join(nearest)}")
-    return build
+
+def names() -> list[str]:
+    """The names of all environments whose packages are installed."""
+    found = []
+    for family in FAMILIES:
+        try:
+            prefix = f"{family}:" if family in ("popgym", "brax") else ""
+            found += [prefix + task for task in _constructors(family)]
+        except ImportError:
+            pass
+    return found
+
+
+def _constructor(name: str) -> Callable:
+    """The constructor of the environment called `name`."""
+    prefix, _, task = name.rpartition(":")
+    family = "dmc" if is_dmc(name) else prefix or "gymnax"
+    if name == "help":
+        raise ValueError(f"--env takes MODULE:NAME, or one of: {', '.join(names())}")
+    try:
+        if family not in FAMILIES:
+            sys.path += [] if "" in sys.path else [""]  # the working directory
+            found = getattr(importlib.import_module(family), task)
+            return found if callable(found) else lambda: found
+        build = _constructors(family).get(task)
+    except Exception as error:  # of any kind: a module of the user's is run
+        raise ValueError(f"environment {name!r} cannot be imported: {error}") from None
+    if build is None:
+        known = {known.rpartition(":")[2]: known for known in names()}
+        nearest = difflib.get_close_matches(task, known, n=3, cutoff=0.4)
+        raise ValueError(f"unknown environment {name!r}; nearest: "
+                         f"{', '.join(map(known.get, nearest)) or 'none'}; --env help lists all")
+    return type(build()[0]) if family == "gymnax" else build
 
 
 # ---- Spaces: read by their attributes, so that those of gymnax, gymnasium and your own do ----------
+class ActionSpace(NamedTuple):
+    """What is read of an action space."""
+
+    shape: tuple[int, ...]
+    choices: tuple[int, ...]  # in each dimension; () if continuous
+    first: tuple[int, ...]  # lowest choice in each dimension
+    low: np.ndarray  # (prod(shape),) float32 bounds, if continuous
+    high: np.ndarray
+
+
+def action_space(space: Any) -> ActionSpace:
+    """Reads one or more discrete choices, or a bounded array. ValueError if it is something else."""
+    choices = getattr(space, "nvec", None)  # of a MultiDiscrete space
+    choices = np.ravel(getattr(space, "n", ()) if choices is None else choices)
+    first = np.broadcast_to(np.ravel(getattr(space, "start", 0)), choices.shape)
+    shape = tuple(getattr(space, "shape", None) or ())
+    with np.errstate(over="ignore", invalid="ignore"):
+        low, high = (np.broadcast_to(np.float32(getattr(space, bound, np.nan)), shape).ravel()
+                     for bound in ("low", "high"))
+        bounded = np.isfinite(high - low).all() and (low <= high).all()
+    if not len(choices) and not (bounded and getattr(space, "shape", None) is not None):
+        raise ValueError(f"the action space {space} is not supported; supported are one or more discrete "
+                         "choices (.n or .nvec), and arrays (.shape) with finite .low and .high")
+    return ActionSpace(shape, tuple(map(int, choices)), tuple(map(int, first)), low, high)
+
+
 def parts_of(space: Any) -> list[Any]:
     """The spaces inside dictionaries and tuples, in the order of jax.tree.leaves of an observation."""
     if hasattr(space, "n") or getattr(space, "shape", None) is not None:
         return [space]
     inner = getattr(space, "spaces", space)
-    if not isinstance(inner, (dict, tuple, list)):
-        return [space]
-    inner = [inner[key] for key in sorted(inner)] if isinstance(inner, dict) else inner
+    if isinstance(inner, dict):
+        inner = [inner[key] for key in sorted(inner)]
+    if not isinstance(inner, (tuple, list)):
+        raise ValueError(f"the observation space {space} has neither .n nor .shape")
     return [part for child in inner for part in parts_of(child)]
 
 
-def choices_of(space: Any) -> tuple[int, ...]:
-    """Choices in each dimension of a discrete action; () if it is continuous."""
-    choices = getattr(space, "nvec", None)  # of a MultiDiscrete space
-    choices = getattr(space, "n", ()) if choices is None else choices
-    return tuple(int(n) for n in np.ravel(choices))
-
-
-def _check_spaces(task: Any, observation: Any, action: Any) -> None:
-    """ValueError, one sentence that names the space, unless a trainer can use both."""
-    for part in parts_of(observation):
-        if not hasattr(part, "n") and getattr(part, "shape", None) is None:
-            raise ValueError(f"{task} has the observation space {part}, which has neither .n nor .shape")
-    bounds = [np.asarray(getattr(action, name, np.nan)) for name in ("low", "high")]
-    bounded = getattr(action, "shape", None) is not None and all(np.isfinite(x).all() for x in bounds)
-    if not choices_of(action) and not bounded:
-        raise ValueError(f"{task} has the action space {action}; supported are one or more discrete "
-                         "choices (.n or .nvec), and arrays (.shape) with finite .low and .high")
+def size_of(space: Any) -> int:
+    """Numbers in an observation of a space without parts; discrete ones are one-hot."""
+    return getattr(space, "n", 0) or math.prod(space.shape)
 
 
 # ---- Projections ---------------------------------------------------------------------------------
@@ -191,7 +264,7 @@ def action_values(num_bins: int = ACTION_BINS) -> jax.Array:
     The bound is far beyond 1, every actuator's limit, because most projections leave some direction of
     control weak. The small values serve directions that are strong.
     """
-    x = jnp.linspace(-1.0, 1.0, num_bins)
+    x = jnp.linspace(-1.0, 1.0, num_bins, dtype=jnp.float32)
     return 5.0 * x * jnp.abs(x)
 
 
@@ -214,7 +287,7 @@ class Transition(NamedTuple):
     terminated: jax.Array  # (N,) bool, the task is over: no value follows
     truncated: jax.Array  # (N,) bool, the episode ends, but not because the task is over
     trial_end: jax.Array  # (N,) bool, the hidden state is reset before the next observation
-    diverged: jax.Array  # (N,) bool, a number was not finite or a velocity exceeded 1e4
+    diverged: jax.Array  # (N,) bool, a number was not finite, or too large, in the step or at its start
     episode_return: jax.Array  # (N,) float32, sum of the raw rewards of this episode so far
     whole_episode: jax.Array  # (N,) bool, the return counts from the episode's true start
 
@@ -230,6 +303,7 @@ class Counters(NamedTuple):
     episode: jax.Array  # (N,) int32, episodes of this trial that are over
     episode_return: jax.Array  # (N,) float32
     whole_episode: jax.Array  # (N,) bool
+    sound: jax.Array  # (N,) bool, the last observation can be used, see is_sound
 
 
 class Start(NamedTuple):
@@ -265,6 +339,11 @@ def select(mask: jax.Array, new: Any, old: Any) -> Any:
     return jax.tree.map(pick, new, old)
 
 
+def is_sound(obs: jax.Array) -> jax.Array:
+    """(N,) bool, which of the observations (N, ...) can be used: no number is NaN or beyond LARGEST."""
+    return (jnp.abs(obs) < LARGEST).all(-1)
+
+
 def pad_to(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """x (N, ...) with zeros up to (N, *shape)."""
     return jnp.pad(x, [(0, 0)] + [(0, want - have) for want, have in zip(shape, x.shape[1:])])
@@ -281,28 +360,14 @@ def vmap_in_blocks(f: Any, x: Any) -> Any:
 
 
 # ---- Trials --------------------------------------------------------------------------------------
+@dataclasses.dataclass(eq=False)
 class Trials:
     """Many environments side by side, in trials under random projections.
 
     The environments are split equally among `tasks`, in contiguous blocks, and each task steps its own
-    only. Bounded action spaces other than [-1, 1] are scaled. Discrete actions are permuted instead of
+    only. Actions are scaled to the bounds of their space. Discrete actions are permuted instead of
     projected. Spare starts of DMControl tasks are drawn every `refresh_every` steps for all
     environments, not in every step; an environment uses one twice only if it diverges twice in between.
-
-    Args:
-      tasks: names or environments, see `make`.
-      num_envs: number of environments N on this device, a multiple of the number of tasks.
-      projection: one of PROJECTIONS. "none" passes observation and action as they are.
-      obs_size: size of a projected observation.
-      action_size: dimensions of the agent's continuous action before projection.
-      episodes_per_trial: episodes under one pair of projections.
-      action_repeat: environment steps with one action; rewards are summed. Step counts are after it.
-      observe_action: observe the previous action.
-      observe_change: observe the change of the projected observation.
-      sysid: observe the features of sysid.py.
-      privileged: give Observation.state its contents.
-      env_kwargs: further arguments of `make`.
-      axis: name of a mapped axis whose devices share the environments, each N of them.
 
     Attributes:
       envs, params: the environments and their parameters, per task.
@@ -316,76 +381,88 @@ class Trials:
         small for a projection that must lose nothing.
     """
 
-    def __init__(self, tasks, num_envs, *, projection="gaussian", obs_size=12, action_size=2,
-                 episodes_per_trial=1, action_repeat=1, observe_action=True, observe_change=True,
-                 sysid=True, privileged=True, env_kwargs=None, axis=None):
-        if not tasks or num_envs < 1 or num_envs % len(tasks):
-            raise ValueError(f"cannot split {num_envs} environments equally among {len(tasks)} tasks")
-        if projection not in PROJECTIONS:
-            raise ValueError(f"projection must be one of {', '.join(PROJECTIONS)}, got {projection!r}")
-        if min(episodes_per_trial, action_repeat) < 1:
-            raise ValueError("episodes_per_trial and action_repeat must be at least 1, "
-                             f"got {episodes_per_trial} and {action_repeat}")
-        self.tasks, self.num_envs, self.projection, self.axis = tuple(tasks), num_envs, projection, axis
-        self.episodes_per_trial, self.action_repeat = episodes_per_trial, action_repeat
-        self.observe_action, self.observe_change = observe_action, observe_change
-        self.privileged = privileged
-        self.sysid = importlib.import_module("sysid") if sysid else None
-        self.envs, self.params = zip(*(make(task, **(env_kwargs or {})) for task in self.tasks))
-        self.task_of_env = np.repeat(np.arange(len(self.tasks)), num_envs // len(self.tasks))
-        self._read_spaces(obs_size, action_size)
+    tasks: tuple  # names or environments, see `make`
+    num_envs: int  # environments N on this device, a multiple of the number of tasks
+    _: dataclasses.KW_ONLY
+    projection: str = "gaussian"  # one of PROJECTIONS; "none" passes observation and action as they are
+    obs_size: int = 12  # size of a projected observation
+    action_size: int = 2  # dimensions of the agent's continuous action before projection
+    episodes_per_trial: int = 1  # episodes under one pair of projections
+    action_repeat: int = 1  # environment steps with one action; rewards are summed. Counts are after it
+    observe_action: bool = True  # observe the previous action
+    observe_change: bool = True  # observe the change of the projected observation
+    sysid: Any = True  # observe the features of sysid.py; becomes that module, or None
+    privileged: bool = True  # give Observation.state its contents
+    env_kwargs: dict | None = None  # further arguments of `make`
+    axis: str | None = None  # a mapped axis whose devices share the environments, each N of them
+
+    def __post_init__(self):
+        self.tasks = tuple(self.tasks)
+        names = [task.removeprefix("dmc:") for task in self.tasks if isinstance(task, str)]
+        if len(set(names)) < len(names):
+            raise ValueError(f"a task is listed twice: {', '.join(names)}")
+        if not self.tasks or self.num_envs < 1 or self.num_envs % len(self.tasks):
+            raise ValueError(f"cannot split {self.num_envs} environments equally among "
+                             f"{len(self.tasks)} tasks")
+        if self.projection not in PROJECTIONS:
+            raise ValueError(f"projection must be one of {', '.join(PROJECTIONS)}, got {self.projection!r}")
+        for name in ("obs_size", "action_size", "episodes_per_trial", "action_repeat"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        self.sysid = importlib.import_module("sysid") if self.sysid else None
+        self.envs, self.params = zip(*(make(task, **(self.env_kwargs or {})) for task in self.tasks))
+        self.task_of_env = np.repeat(np.arange(len(self.tasks)), self.num_envs // len(self.tasks))
+        self._read_spaces()
         self._read_limits()
 
-    def _read_spaces(self, obs_size, action_size):
-        observed = [env.observation_space(params) for env, params in zip(self.envs, self.params)]
-        actions = [env.action_space(params) for env, params in zip(self.envs, self.params)]
-        for task, space, action in zip(self.tasks, observed, actions):
-            _check_spaces(task, space, action)
-        self.obs_parts = [parts_of(space) for space in observed]
-        self.obs_dims = [sum(getattr(part, "n", 0) or math.prod(part.shape) for part in parts)
-                         for parts in self.obs_parts]
-        self.act_shapes = [getattr(space, "shape", None) or () for space in actions]
+    def _read_spaces(self):
+        self.obs_parts = [parts_of(env.observation_space(params))
+                          for env, params in zip(self.envs, self.params)]
+        self.obs_dims = [sum(map(size_of, parts)) for parts in self.obs_parts]
+        actions = [action_space(env.action_space(params)) for env, params in zip(self.envs, self.params)]
+        self.act_shapes = [space.shape for space in actions]
         self.act_dims = [math.prod(shape) for shape in self.act_shapes]
-        choices = {choices_of(space) for space in actions}
-        if len(choices) > 1:
+        if len({(space.choices, space.first) for space in actions}) > 1:
             raise ValueError(f"tasks {self.tasks} do not share one kind of action")
-        self.choices = choices.pop()
+        self.choices, self.first_choice = actions[0].choices, actions[0].first
         self.discrete = bool(self.choices)
         whole = self.projection == "none"
-        if whole and len(set(zip(self.obs_dims, self.act_dims))) > 1:
-            raise ValueError(
-                "projection='none' needs tasks of equal sizes, got (observation, action) sizes "
-                f"{list(zip(self.obs_dims, self.act_dims))}; use a projection")
-        self.obs_size = self.obs_dims[0] if whole else obs_size
+        sizes = list(zip(self.obs_dims, self.act_dims))
+        if whole and len(set(sizes)) > 1:
+            raise ValueError("projection='none' needs tasks of equal sizes, got (observation, action) "
+                             f"sizes {sizes}; use a projection")
+        self.obs_size = self.obs_dims[0] if whole else self.obs_size
         self.num_bins = max(self.choices, default=ACTION_BINS)
-        self.action_dims = len(self.choices) or (self.act_dims[0] if whole else action_size)
+        self.action_dims = len(self.choices) or (self.act_dims[0] if whole else self.action_size)
         self.action_width = self.action_dims * (self.num_bins if self.discrete else 1)  # as it is observed
-        if not self.discrete:
-            self._check_sizes()
-            self.low, self.high = np.zeros((2, self.num_envs, max(self.act_dims)), np.float32)
-            for i, (space, dim) in enumerate(zip(actions, self.act_dims)):
-                block = np.ix_(self.task_of_env == i, range(dim))
-                self.low[block] = np.broadcast_to(space.low, space.shape).ravel()
-                self.high[block] = np.broadcast_to(space.high, space.shape).ravel()
-
-    def _check_sizes(self):
-        """Only a random projection of what is not from DMControl may be smaller than the task."""
-        for task, obs_dim, act_dim in zip(self.tasks, self.obs_dims, self.act_dims):
+        if self.discrete:
+            return
+        self.low, self.high = (  # (N, largest act_dim), zero-padded
+            np.stack([np.pad(getattr(space, bound), (0, max(self.act_dims) - dim))
+                      for space, dim in zip(actions, self.act_dims)])[self.task_of_env]
+            for bound in ("low", "high"))
+        for task, (obs_dim, act_dim) in zip(self.tasks, sizes):
+            # only a random projection of what is not from DMControl may be smaller than the task
             lossless = self.projection in ("identity", "orthogonal") or is_dmc(task)
-            small = self.obs_size < obs_dim or self.action_dims < act_dim
-            if self.projection != "none" and lossless and small:
+            if lossless and not whole and (self.obs_size < obs_dim or self.action_dims < act_dim):
                 raise ValueError(
                     f"the {self.projection} projection needs obs_size >= {obs_dim} and action_size >= "
                     f"{act_dim} for {task}, got {self.obs_size} and {self.action_dims}")
 
     def _read_limits(self):
-        steps = [getattr(params, "max_steps_in_episode", None) for params in self.params]
-        steps = [None if n is None else math.ceil(n / self.action_repeat) for n in steps]
-        known = [n for n in steps if n is not None]
-        self.max_episode_steps = min(known, default=None)
+        limits = [getattr(params, "max_steps_in_episode", None) for params in self.params]
+        known = [limit for limit in limits if limit is not None]
+        if self.action_repeat > min(known, default=NO_LIMIT):
+            raise ValueError(f"action_repeat={self.action_repeat} is longer than an episode, "
+                             f"which has {min(known)} steps")
+        if max(known, default=1000) * self.episodes_per_trial >= 2**31:
+            raise ValueError(f"episodes_per_trial={self.episodes_per_trial} is too large: "
+                             "a trial must have fewer than 2**31 steps")
+        steps = [NO_LIMIT if limit is None else math.ceil(limit / self.action_repeat) for limit in limits]
+        self.max_episode_steps = min(steps) if known else None
         self.trial_length = self.max_episode_steps and self.max_episode_steps * self.episodes_per_trial
         self.staggered = len(known) == len(steps)
-        self.limits = np.array([n or 2**30 for n in steps], np.int32)[self.task_of_env]
+        self.limits = np.array(steps, np.int32)[self.task_of_env]
         slow = all(map(is_dmc, self.tasks))  # episodes of known length whose starts are costly
         self.refresh_every = max(1, min(500, self.max_episode_steps // 2)) if slow else 1
 
@@ -402,22 +479,17 @@ class Trials:
           (TrialsState, Observation).
         """
         key, draw_key, stagger_key = jax.random.split(key, 3)
-        both = jax.vmap(self._draw)(jax.random.split(draw_key))
+        both = jax.vmap(self.draw)(jax.random.split(draw_key))
         first, spare = (jax.tree.map(lambda x: x[i], both) for i in range(2))
-        N, spent = self.num_envs, jnp.zeros(self.num_envs, jnp.int32)
+        spent = jnp.zeros(self.num_envs, jnp.int32)
         if stagger and self.staggered:
-            spent = jax.vmap(lambda k, limit: jax.random.randint(k, (), 0, limit))(
+            spent = jax.vmap(lambda k, limit: jax.random.randint(k, (), 0, limit, jnp.int32))(
                 self.split(stagger_key), self.limits * self.episodes_per_trial)
-        step, no, yes = spent % self.limits, jnp.zeros(N, bool), jnp.ones(N, bool)
-        linear = self._project(first.obs_matrix, first.obs)
-        state = TrialsState(
-            env=first.env, obs_matrix=first.obs_matrix, act_matrix=first.act_matrix, spare=first,
-            projected=symlog(linear), sysid=self._start_sysid(linear), key=key,
-            counters=Counters(step, spent // self.limits, jnp.zeros(N), step == 0))
-        over = Transition(jnp.zeros(N), no, yes, yes, no, jnp.zeros(N), no)
-        action, features = jnp.zeros((N, self.action_width)), jnp.zeros((N, self._num_sysid))
-        state, observation = self._restart(state, first.obs, action, features, over)
-        return state.replace(spare=spare), observation
+        state, observation = self.begin(first)
+        step = spent % self.limits
+        counters = state.counters._replace(
+            episode_step=step, episode=spent // self.limits, whole_episode=step == 0)
+        return state.replace(spare=spare, counters=counters, key=key), observation
 
     def step(self, state, action, t=0):
         """One step of every environment: advance, find which episodes ended, observe, restart.
@@ -433,14 +505,14 @@ class Trials:
         """
         key, step_key, draw_key = jax.random.split(state.key, 3)
         draw = jnp.asarray(t % self.refresh_every == 0)
-        spare = jax.lax.cond(draw, self._draw, lambda _: state.spare, draw_key)
+        spare = jax.lax.cond(draw, self.draw, lambda _: state.spare, draw_key)
         state = state.replace(spare=spare, key=key)
-        env, obs, *outcome = self._advance(step_key, state, action)
+        env, obs, *outcome = self.advance(step_key, state, action)
         transition, counters = self._ended(state.counters, *outcome)
-        own_action = self._observed_action(action)
-        sysid, features = self._identify(state, own_action, obs, transition, t)
+        own_action = self.observed_action(action)
+        sysid, features = self.identify(state, own_action, obs, transition, t)
         state = state.replace(env=env, counters=counters, sysid=sysid)
-        return *self._restart(state, obs, own_action, features, transition), transition
+        return *self.restart(state, obs, own_action, features, transition), transition
 
     def split(self, key):
         """A key for every environment, (N, ...), that does not depend on how many devices share them."""
@@ -457,8 +529,9 @@ class Trials:
           transition: Transition of arrays (T, N).
 
         Returns:
-          dict: "return" (tasks,), mean return of the whole episodes that ended, NaN if there were none;
-          "reward" (tasks,), mean per environment step; "diverged" (), number of steps.
+          dict: "return" (tasks,), mean return of the whole episodes that ended, NaN if there were none
+          (-inf under JAX_DEBUG_NANS, which stops at a NaN); "reward" (tasks,), mean per environment
+          step; "diverged" (), number of steps.
         """
         total = partial(jax.lax.psum, axis_name=self.axis) if self.axis else lambda x: x
 
@@ -466,20 +539,24 @@ class Trials:
             return total(x.reshape(len(x), len(self.tasks), -1).sum((0, 2)))
 
         whole = transition.episode_end & transition.whole_episode
+        episodes = by_task(whole)
+        mean = by_task(whole * transition.episode_return) / jnp.maximum(episodes, 1)
         steps = self.action_repeat * by_task(jnp.ones_like(transition.reward))
-        return {"return": by_task(whole * transition.episode_return) / by_task(whole),
+        nothing = -jnp.inf if jax.config.jax_debug_nans else jnp.nan
+        return {"return": jnp.where(episodes > 0, mean, nothing),
                 "reward": by_task(transition.reward) / steps,
                 "diverged": total(transition.diverged.sum())}
 
     # -- the parts of a step
-    def _advance(self, key, state, action):
+    def advance(self, key, state, action):
         """(environment states, raw observations, reward, terminated, truncated, sound) after a step."""
-        control, results = self._control(state.act_matrix, action), []
-        for i, (keys, block) in enumerate(zip(self._blocks(self.split(key)), self._blocks(control))):
+        control = self.control(state.act_matrix, action)
+        results = []
+        for i, (keys, block) in enumerate(zip(self.blocks(self.split(key)), self.blocks(control))):
             if not self.discrete:
                 block = block[:, :self.act_dims[i]].reshape(-1, *self.act_shapes[i])
             env, obs, reward, terminated, truncated = self._repeat(i, keys, state.env[i], block)
-            sound = jnp.isfinite(obs).all(-1) & jnp.isfinite(reward)
+            sound = is_sound(obs) & jnp.isfinite(reward)
             if is_dmc(self.tasks[i]):  # a NaN fails the comparison
                 sound &= jnp.isfinite(env.qpos).all(-1) & (jnp.abs(env.qvel) <= 1e4).all(-1)
             results.append((env, obs, reward, terminated, truncated, sound))
@@ -496,18 +573,19 @@ class Trials:
             reward = old[2] + reward.reshape(-1).astype(jnp.float32)
             is_truncated = getattr(self.envs[i], "is_truncated", lambda *_: jnp.zeros((), bool))
             truncated = jax.vmap(is_truncated, (0, None))(env, self.params[i])
-            new = env, self._flat_obs(i, obs), reward, terminated, truncated
+            new = env, self.flat_obs(i, obs), reward, terminated, truncated
             return select(~(old[3] | old[4]), new, old)
 
-        n, no = len(keys), jnp.zeros(len(keys), bool)
-        none = env, jnp.zeros((n, max(self.obs_dims))), jnp.zeros(n), no, no
+        n = len(keys)
+        no = jnp.zeros(n, bool)
+        none = env, jnp.zeros((n, max(self.obs_dims)), jnp.float32), jnp.zeros(n, jnp.float32), no, no
         return jax.lax.fori_loop(0, self.action_repeat, once, none)
 
     def _ended(self, counters, reward, terminated, truncated, sound):
         """(Transition, Counters after it): which episodes and trials end with this step."""
-        diverged = ~sound
+        diverged = ~(sound & counters.sound & jnp.isfinite(counters.episode_return + reward))
         reward = jnp.where(diverged, 0.0, reward)
-        terminated &= sound
+        terminated &= ~diverged
         out_of_time = truncated | (counters.episode_step + 1 >= self.limits)
         truncated = (out_of_time | diverged) & ~terminated
         end = terminated | truncated
@@ -516,54 +594,75 @@ class Trials:
         episode_return = counters.episode_return + reward
         transition = Transition(reward, terminated, truncated, trial_end, diverged, episode_return,
                                 counters.whole_episode)
-        return transition, Counters(
+        return transition, counters._replace(
             episode_step=jnp.where(end, 0, counters.episode_step + 1),
             episode=jnp.where(trial_end, 0, episode),
             episode_return=jnp.where(end, 0.0, episode_return),
             whole_episode=counters.whole_episode | end)
 
-    def _identify(self, state, action, obs, transition, t):
+    def identify(self, state, action, obs, transition, t):
         """(sysid.State, its features (N, F)) after the step; a diverged step is left out."""
         if not self.sysid:
-            return None, jnp.zeros((self.num_envs, 0))
-        linear = self._project(state.obs_matrix, obs)
+            return None, jnp.zeros((len(obs), 0), jnp.float32)
+        linear = self.project(state.obs_matrix, obs)
         new = self.sysid.update(state.sysid, action, transition.reward, linear)
         new = select(transition.diverged, state.sysid, new)
         new = jax.lax.cond(t % self.sysid.FIT_EVERY == 0, self.sysid.fit, lambda state: state, new)
         return new, self.sysid.features(new)
 
-    def _restart(self, state, obs, action, features, transition):
-        """(TrialsState, Observation) with the ended episodes and trials begun anew."""
+    def begin(self, start):
+        """(TrialsState without a key, Observation) of trials that begin at `start`, a Start."""
+        N = len(start.obs)
+        zero = jnp.zeros(N, jnp.float32)
+        no, yes = jnp.zeros(N, bool), jnp.ones(N, bool)
+        linear = self.project(start.obs_matrix, start.obs)
+        state = TrialsState(
+            env=start.env, obs_matrix=start.obs_matrix, act_matrix=start.act_matrix, spare=start,
+            projected=symlog(linear), sysid=self.start_sysid(linear), key=None,
+            counters=Counters(jnp.zeros(N, jnp.int32), jnp.zeros(N, jnp.int32), zero, yes, yes))
+        action = jnp.zeros((N, self.action_width), jnp.float32)
+        num_features = self.sysid.num_features(self.action_width) if self.sysid else 0
+        features = jnp.zeros((N, num_features), jnp.float32)
+        over = Transition(zero, no, yes, yes, no, zero, no)
+        return self.restart(state, start.obs, action, features, over)
+
+    def restart(self, state, obs, action, features, transition):
+        """(TrialsState, Observation) with the ended episodes and trials begun anew.
+
+        Args:
+          state: TrialsState whose counters are those after the step.
+          obs, action, features: (N, ...) raw observation, observed action and sysid features of the step.
+          transition: Transition.
+        """
         end, trial_end, spare = transition.episode_end, transition.trial_end, state.spare
         obs = select(end, spare.obs, obs)
+        sound = is_sound(obs)  # if not, at a start, the agent observes zeros and the first step diverges
+        obs = jnp.where(sound[:, None], obs, 0.0)
         obs_matrix, act_matrix = select(trial_end, (spare.obs_matrix, spare.act_matrix),
                                         (state.obs_matrix, state.act_matrix))
-        linear = self._project(obs_matrix, obs)
+        linear = self.project(obs_matrix, obs)
         projected = symlog(linear)
-        observation = self._observation(
-            projected, jnp.where(end[:, None], 0.0, projected - state.projected),
-            jnp.where((trial_end | transition.diverged)[:, None], 0.0, action),
-            jnp.where(trial_end, 0.0, transition.reward), end, trial_end,
-            jnp.where(end[:, None], 0.0, features), obs)
+        reward = jnp.where(trial_end, 0.0, transition.reward)
+        context = jnp.stack([reward, end, trial_end], -1).astype(jnp.float32)
+        if self.observe_action:
+            own = jnp.where((trial_end | transition.diverged)[:, None], 0.0, action)
+            context = jnp.concatenate([own, context], -1)
+        change = jnp.where(end[:, None], 0.0, projected - state.projected)
+        observation = Observation(
+            projected, change if self.observe_change else change[:, :0], context,
+            jnp.where(end[:, None], 0.0, features), self._privileged(obs))
         sysid = state.sysid
         if self.sysid:
-            fresh = self._start_sysid(linear)
+            fresh = self.start_sysid(linear)
             # the first change of an episode does not follow from the last change of the episode before
             continued = sysid._replace(o=fresh.o, change=fresh.change, action=fresh.action)
             sysid = select(trial_end, fresh, select(end, continued, sysid))
-        env = tuple(map(select, self._blocks(end), spare.env, state.env))
-        return state.replace(env=env, obs_matrix=obs_matrix, act_matrix=act_matrix,
-                             projected=projected, sysid=sysid), observation
+        env = tuple(map(select, self.blocks(end), spare.env, state.env))
+        return state.replace(env=env, obs_matrix=obs_matrix, act_matrix=act_matrix, projected=projected,
+                             sysid=sysid, counters=state.counters._replace(sound=sound)), observation
 
     # -- observations, actions, starts
-    def _observation(self, projected, change, action, reward, episode_start, trial_start, sysid, obs):
-        context = jnp.stack([reward, episode_start, trial_start], -1).astype(jnp.float32)
-        if self.observe_action:
-            context = jnp.concatenate([action, context], -1)
-        return Observation(projected, change if self.observe_change else change[:, :0], context, sysid,
-                           self._privileged_state(obs))
-
-    def _privileged_state(self, obs):
+    def _privileged(self, obs):
         """[1, symlog(raw observation)] in the place of the environment's task, else zeros."""
         if not self.privileged:
             return obs[:, :0]
@@ -571,63 +670,54 @@ class Trials:
         task = np.eye(len(self.tasks), dtype=np.float32)[self.task_of_env]
         return (task[:, :, None] * entry[:, None]).reshape(len(obs), -1)
 
-    def _project(self, obs_matrix, obs):
+    def project(self, obs_matrix, obs):
+        """Mo o, (N, obs_size)."""
         return obs if obs_matrix is None else matvec(obs_matrix, obs)
 
-    def _observed_action(self, action):
+    def observed_action(self, action):
         """Actions (N, action_dims) int32 as the agent observes them, (N, action_width) float32."""
         if self.discrete:
-            return jax.nn.one_hot(action, self.num_bins).reshape(len(action), -1)
+            return jax.nn.one_hot(action, self.num_bins, dtype=jnp.float32).reshape(len(action), -1)
         return action_values(self.num_bins)[action]
 
-    def _control(self, act_matrix, action):
+    def control(self, act_matrix, action):
         """Actions (N, action_dims) int32 as the environments take them, (N, act_dim) or (N, ...) int32."""
         if self.discrete:
             if act_matrix is not None:
                 action = jnp.take_along_axis(act_matrix, action, -1)
-            action = action % np.array(self.choices)  # where dimensions have different numbers of choices
+            # where dimensions have different numbers of choices
+            action = action % np.array(self.choices, np.int32) + np.array(self.first_choice, np.int32)
             return action.reshape(len(action), *self.act_shapes[0])
         action = action_values(self.num_bins)[action]
         if act_matrix is not None:
             action = matvec(act_matrix, action)
         action = jnp.clip(action, -1.0, 1.0)
-        return 0.5 * (self.low + self.high) + 0.5 * (self.high - self.low) * action
+        control = 0.5 * (self.low + self.high) + 0.5 * (self.high - self.low) * action
+        return jnp.clip(control, self.low, self.high)  # no rounding beyond the bounds
 
-    @property
-    def _num_sysid(self):
-        return self.sysid.num_features(self.action_width) if self.sysid else 0
-
-    def _start_sysid(self, linear):
+    def start_sysid(self, linear):
+        """sysid.State of trials whose first projected observations are (N, obs_size); or None."""
         return self.sysid.start(linear, self.action_width) if self.sysid else None
 
-    def _blocks(self, x):
+    def blocks(self, x):
         """x (N, ...) as one array (N / tasks, ...) per task."""
         return jnp.split(x, len(self.tasks))
 
-    def _flat_obs(self, i, obs):
+    def flat_obs(self, i, obs):
         """Observations of task i as float32 (n, largest obs_dim), zero-padded."""
-        parts = [jax.nn.one_hot(x, part.n) if getattr(part, "n", 0) else x
+        parts = [jax.nn.one_hot(x - getattr(part, "start", 0), part.n) if getattr(part, "n", 0) else x
                  for x, part in zip(jax.tree.leaves(obs), self.obs_parts[i], strict=True)]
         flat = [x.reshape(len(x), -1).astype(jnp.float32) for x in parts]
         return pad_to(jnp.concatenate(flat, -1), (max(self.obs_dims),))
 
-    def _matrices(self, key, rows, cols):
-        """A projection matrix for every environment, (N, largest of rows, largest of cols)."""
-        shape = max(rows), max(cols)
-        normal = jax.vmap(lambda k: jax.random.normal(k, shape, jnp.float32))(self.split(key))
-        return jnp.concatenate([
-            pad_to(projection_matrix(block[:, :r, :c], self.projection), shape)
-            for block, r, c in zip(self._blocks(normal), rows, cols)])
-
-    def _draw(self, key):
+    def draw(self, key):
         """A fresh Start for every environment."""
         reset_key, obs_key, act_key = jax.random.split(key, 3)
         states, obs = [], []
-        for i, keys in enumerate(self._blocks(self.split(reset_key))):
+        for i, keys in enumerate(self.blocks(self.split(reset_key))):
             first, state = jax.vmap(self.envs[i].reset_env, (0, None))(keys, self.params[i])
-            # strong types, as a step returns them
-            states.append(jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), state))
-            obs.append(self._flat_obs(i, first))
+            states.append(self._as_after_a_step(i, keys, state))
+            obs.append(self.flat_obs(i, first))
         obs_matrix = act_matrix = None
         if self.projection != "none":
             obs_matrix = self._matrices(obs_key, [self.obs_size] * len(self.tasks), self.obs_dims)
@@ -636,5 +726,27 @@ class Trials:
                 act_matrix = self._matrices(act_key, self.act_dims, sizes)
             elif self.projection != "identity":
                 act_matrix = jax.vmap(lambda k: jax.random.permutation(k, self.num_bins))(
-                    self.split(act_key))
+                    self.split(act_key)).astype(jnp.int32)
         return Start(tuple(states), jnp.concatenate(obs), obs_matrix, act_matrix)
+
+    def _as_after_a_step(self, i, keys, state):
+        """States of task i in the types that a step returns, which a scan requires: 0 may become 0.5."""
+        def strong(x, after):
+            if jnp.issubdtype(x.dtype, jax.dtypes.extended):  # a typed key
+                return x
+            return jax.lax.convert_element_type(x, jnp.promote_types(x.dtype, after.dtype))
+
+        if is_dmc(self.tasks[i]):  # the types are right, and tracing its step takes a second
+            return jax.tree.map(strong, state, state)
+        kind = jnp.int32 if self.discrete else jnp.float32
+        action = jnp.zeros((len(keys), *self.act_shapes[i]), kind)
+        step = jax.vmap(lambda *x: self.envs[i].step_env(*x, self.params[i])[1])
+        return jax.tree.map(strong, state, jax.eval_shape(step, keys, state, action))
+
+    def _matrices(self, key, rows, cols):
+        """A projection matrix for every environment, (N, largest of rows, largest of cols)."""
+        shape = max(rows), max(cols)
+        normal = jax.vmap(lambda k: jax.random.normal(k, shape, jnp.float32))(self.split(key))
+        return jnp.concatenate([
+            pad_to(projection_matrix(block[:, :r, :c], self.projection), shape)
+            for block, r, c in zip(self.blocks(normal), rows, cols)])

@@ -123,7 +123,7 @@ class TestTrials(envs.Trials):
             return state, observation
 
         def convert(matrix, rows, cols):
-            blocks, sizes, made = self._blocks(matrix), list(zip(rows, cols)), {}
+            blocks, sizes, made = self.blocks(matrix), list(zip(rows, cols)), {}
             for r, c in dict.fromkeys(sizes):  # all of one size together: that compiles sooner
                 same = [i for i, size in enumerate(sizes) if size == (r, c)]
                 normal = jnp.stack([blocks[i][:, :r, :c] for i in same]) * c**0.5
@@ -132,19 +132,19 @@ class TestTrials(envs.Trials):
 
         obs_matrix = convert(state.obs_matrix, [self.obs_size] * len(self.tasks), self.obs_dims)
         act_matrix = convert(state.act_matrix, self.act_dims, [self.action_dims] * len(self.tasks))
-        raw = [self._flat_obs(i, jax.vmap(env.get_obs)(state.env[i]))
+        raw = [self.flat_obs(i, jax.vmap(env.get_obs)(state.env[i]))
                for i, env in enumerate(self.envs)]
         linear = envs.matvec(obs_matrix, jnp.concatenate(raw))
         state = state.replace(obs_matrix=obs_matrix, act_matrix=act_matrix,
-                              projected=envs.symlog(linear), sysid=self._start_sysid(linear))
+                              projected=envs.symlog(linear), sysid=self.start_sysid(linear))
         return state, observation._replace(projected=envs.symlog(linear))
 
 
 class FirstEpisodes(TestTrials):
     """Trials of one episode: they end before a spare start is needed, so none is compiled."""
 
-    def _draw(self, key):
-        shapes = jax.eval_shape(super()._draw, key)
+    def draw(self, key):
+        shapes = jax.eval_shape(super().draw, key)
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 

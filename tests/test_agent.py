@@ -37,14 +37,14 @@ def test_an_agent_acts_on_the_inputs_of_training(kind, tmp_path):
     assert STEPS > 2 * 7 and STEPS > 2 * sysid.FIT_EVERY and bool(trials.sysid) == projected
 
     def linear(state, obs):
-        return trials._project(state.obs_matrix, obs)
+        return trials.project(state.obs_matrix, obs)
 
     def first(state):
-        return linear(state, trials._flat_obs(0, jax.vmap(trials.envs[0].get_obs)(state.env[0])))
+        return linear(state, trials.flat_obs(0, jax.vmap(trials.envs[0].get_obs)(state.env[0])))
 
     @jax.jit
     def step(state, bins, t):
-        final = trials._advance(jax.random.PRNGKey(0), state, bins)[1]
+        final = trials.advance(jax.random.PRNGKey(0), state, bins)[1]
         after, observation, transition = trials.step(state, bins, t)
         return after, observation, transition, linear(state, final), first(after)
 
@@ -64,7 +64,7 @@ def test_an_agent_acts_on_the_inputs_of_training(kind, tmp_path):
         action, hidden = agent.act(hidden, inputs, jax.random.PRNGKey(t))
         other, expected = expected_action(other, observation, inputs.reset)
         np.testing.assert_array_equal(mode.bins, expected)
-        control = trials._control(state.act_matrix, action.bins)
+        control = trials.control(state.act_matrix, action.bins)
         value = action.value  # what the docstring of Action says of it
         if projected and trials.discrete:
             value = np.take_along_axis(np.asarray(state.act_matrix), np.asarray(value)[:, None], 1)[:, 0]

@@ -1,5 +1,6 @@
 """envs.py: environments by name, spaces, projections, and what an agent observes."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -38,24 +39,73 @@ def test_environments_are_made_by_name_with_their_arguments():
     assert type(own).__name__ == "Clock" and own.poison_at == 3 and params.max_steps_in_episode == 9
     itself = Clock()
     assert envs.make(itself) == (itself, itself.default_params)
-    texts = ("memory_length=64", "noise=-0.5", "backend=mjx", "on=True")
-    assert envs.parse_kwargs(texts) == {"memory_length": 64, "noise": -0.5, "backend": "mjx", "on": True}
+    texts = ("memory_length=64", "noise=-0.5", "backend=mjx", "on=True", "off=false", "no=None", "big=1e3")
+    assert envs.parse_kwargs(texts) == {"memory_length": 64, "noise": -0.5, "backend": "mjx", "on": True,
+                                        "off": False, "no": None, "big": 1000}
     with pytest.raises(ValueError, match="KEY=VALUE"):
         envs.parse_kwargs(("memory_length",))
+    with pytest.raises(ValueError, match="noise is given twice"):
+        envs.parse_kwargs(("noise=1", "noise=2"))
+
+
+@pytest.mark.parametrize("name, text, value", [
+    ("FrozenLake-misc", "is_slippery=false", False), ("FrozenLake-misc", "is_slippery=TRUE", True),
+    ("MemoryChain-bsuite", "memory_length=1e2", 100), ("popgym:StatelessCartPoleHard", "noise=1", 1.0),
+    ("CartPole-v1", "gravity=-1", -1.0), ("test_envs:Clock", "max_steps_in_episode=9.0", 9)])
+def test_arguments_have_the_type_of_their_default(name, text, value):
+    env, params = envs.make(name, **envs.parse_kwargs((text,)))
+    key = text.partition("=")[0]
+    found = getattr(params, key) if hasattr(params, key) else getattr(env, key)
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize("name, text, message", [
+    ("FrozenLake-misc", "is_slippery=maybe", "is_slippery must be of type bool, got 'maybe'"),
+    ("FrozenLake-misc", "is_slippery=0", "must be of type bool"),
+    ("MemoryChain-bsuite", "memory_length=2.5", "must be of type int"),
+    ("MemoryChain-bsuite", "memory_length=1000", "memory_length must be in 1 ... 999"),
+    ("MemoryChain-bsuite", "memory_length=0", "memory_length must be in 1 ... 999"),
+    ("MemoryChain-bsuite", "max_steps_in_episode=5", "memory_length must be in 1 ... 4"),
+    ("CartPole-v1", "max_steps_in_episode=0", "max_steps_in_episode must be in 1"),
+    ("finger-spin", "max_steps_in_episode=-5", "max_steps_in_episode must be in 1"),
+    ("finger-spin", "max_steps_in_episode=1e12", "max_steps_in_episode must be in 1"),
+    ("CartPole-v1", "max_steps_in_episode=none", "must be of type int, got None"),
+    ("CartPole-v1", "gravity=true", "gravity must be of type float, got True"),
+    ("CartPole-v1", "gravity=nan", "gravity must be of type float, got 'nan'"),
+    ("finger-spin", "backend=3", "backend must be of type str, got 3"),
+    ("test_envs:Clock", "poison=3", "no argument poison; known: poison_at, max_steps_in_episode")])
+def test_arguments_that_make_no_sense_are_refused_in_one_sentence(name, text, message):
+    with pytest.raises(ValueError, match=message) as error:
+        envs.make(name, **envs.parse_kwargs((text,)))
+    assert "\n" not in str(error.value)
+
+
+def test_names_lists_everything_that_can_be_trained():
+    names = envs.names()
+    assert {"finger-spin", "popgym:RepeatPreviousHard", "CartPole-v1"} <= set(names)
+    assert ("brax:ant" in names) == bool(importlib.util.find_spec("brax"))
+    assert len(set(names)) == len(names)
+    with pytest.raises(ValueError) as error:
+        envs.make("help")
+    assert all(name in str(error.value) for name in names)
 
 
 @pytest.mark.parametrize("wrong,nearest", [
-    ("finger_spin", "finger-spin"), ("dmc:reacher", "dmc:reacher-"), ("Cartpole-v1", "CartPole-v1"),
+    ("finger_spin", "finger-spin"), ("dmc:reacher", "reacher-easy"), ("Reacher-hard", "reacher-hard"),
+    ("Cartpole-v1", "CartPole-v1"),
     ("walker-wlk", "walker-walk"), ("popgym:StatelessCartPole", "popgym:StatelessCartPoleHard"),
-    ("nowhere:Env", "nowhere"), ("test_envs:Clok", "Clok")])
+    ("nowhere:Env", "nowhere"), ("test_envs:Clok", "Clok"),
+    ("RepeatPreviousHard", "popgym:RepeatPreviousHard"),
+    ("test_envs:KEY", "not a gymnax-style"), ("test_envs:Path", "not a gymnax-style")])
 def test_an_unknown_name_is_answered_with_the_nearest(wrong, nearest):
     with pytest.raises(ValueError, match=nearest):
         envs.make(wrong)
 
 
-@pytest.mark.parametrize("name", ["CartPole-v1", "finger-spin", "popgym:RepeatPreviousEasy"])
-def test_an_unknown_argument_is_refused(name):
-    with pytest.raises(TypeError, match="no_such"):
+@pytest.mark.parametrize("name, known", [
+    ("CartPole-v1", "gravity"), ("finger-spin", "backend"), ("popgym:RepeatPreviousEasy", "max_steps")])
+def test_an_unknown_argument_is_answered_with_the_known(name, known):
+    with pytest.raises(ValueError, match=f"no argument no_such; known: .*{known}"):
         envs.make(name, no_such=3)
 
 
@@ -124,8 +174,8 @@ def test_bins_stand_for_values_that_are_denser_around_zero():
     np.testing.assert_allclose(envs.action_values(5), [-5, -1.25, 0, 1.25, 5])
     trials = envs.Trials(["Pendulum-v1"], 9, projection="identity", action_size=2, **PLAIN)
     action = jnp.stack([jnp.arange(9), jnp.zeros(9, int)], 1)
-    np.testing.assert_allclose(trials._observed_action(action), np.stack([VALUES, [-5] * 9], 1))
-    torque = trials._control(jnp.broadcast_to(jnp.eye(1, 2), (9, 1, 2)), action)[:, 0]
+    np.testing.assert_allclose(trials.observed_action(action), np.stack([VALUES, [-5] * 9], 1))
+    torque = trials.control(jnp.broadcast_to(jnp.eye(1, 2), (9, 1, 2)), action)[:, 0]
     np.testing.assert_allclose(torque, 2 * VALUES.clip(-1, 1))  # in [-2, 2]
 
 
@@ -241,7 +291,7 @@ def test_brax_environments_have_the_same_interface():
 def test_projection_matrices(projection):
     """Scale, structure, and the independence of the two matrices, of environments and of draws."""
     trials = envs.Trials([Sized(4, 2), Sized(6, 2)], 4000, projection=projection, **PLAIN)
-    draw = quick(trials._draw)
+    draw = quick(trials.draw)
     start = draw(KEY)
     obs, act = np.array(start.obs_matrix), np.array(start.act_matrix)
     assert obs.shape == (4000, 12, 6) and act.shape == (4000, 2, 2)
@@ -288,7 +338,11 @@ class Unsized(Clock):
     (dict(episodes_per_trial=0), "episodes_per_trial"), (dict(action_repeat=0), "action_repeat"),
     (dict(tasks=["CartPole-v1", "reacher-easy"]), "kind"),
     (dict(tasks=["CartPole-v1", "Acrobot-v1"]), "kind"),
-    (dict(tasks=["reacher-esy"] * 2), "reacher-easy"),
+    (dict(tasks=["reacher-esy"]), "reacher-easy"),
+    (dict(tasks=["reacher-easy", "dmc:reacher-easy"]), "listed twice"), (dict(obs_size=0), "obs_size"),
+    (dict(tasks=["CartPole-v1"], action_repeat=501), "longer than an episode, which has 500 steps"),
+    (dict(tasks=["CartPole-v1"], episodes_per_trial=10**9), "fewer than 2..31 steps"),
+    (dict(episodes_per_trial=2**22), "fewer than 2..31 steps"),
     (dict(tasks=[Endless()]), "finite .low and .high"), (dict(tasks=[Unsized()]), "observation space")])
 def test_what_does_not_go_together_is_refused_in_one_sentence(kwargs, message):
     with pytest.raises(ValueError, match=message) as error:
