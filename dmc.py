@@ -692,9 +692,10 @@ class DMC(environment.Environment):
     Args:
       task: a name in TASKS.
       backend: "fused" or "mjx", see physics.make_step.
+      velocities: observe joint velocities; without them an agent has to infer them.
     """
 
-    def __init__(self, task, backend="fused"):
+    def __init__(self, task, backend="fused", velocities=True):
         super().__init__()
         self.task = task
         self.model = mujoco.MjModel.from_xml_string(TASKS[task].model)
@@ -704,6 +705,7 @@ class DMC(environment.Environment):
         self.min_distance = physics.make_min_distance(self.model)
         self.kinematics = physics.make_kinematics(self.model)
         self.com_velocity = physics.make_com_velocity(self.model)
+        self.velocities = velocities
 
     def speed(self, state):
         """Velocity of the centre of mass along x, metres per second."""
@@ -718,7 +720,10 @@ class DMC(environment.Environment):
         return EnvParams()
 
     def get_obs(self, state, params=None, key=None):
-        return jnp.concatenate(TASKS[self.task].observe(state)).astype(jnp.float32)
+        parts = TASKS[self.task].observe(state)
+        if not self.velocities:
+            parts = [part for part in parts if part is not state.qvel]
+        return jnp.concatenate(parts).astype(jnp.float32)
 
     def reset_env(self, key, params):
         u = jax.random.uniform(key, (NUM_UNIFORM,), minval=1e-7)  # 0 would be an infinite normal variate
@@ -739,4 +744,5 @@ class DMC(environment.Environment):
         return spaces.Box(-1.0, 1.0, (self.model.nu,), jnp.float32)
 
     def observation_space(self, params=None):
-        return spaces.Box(-jnp.inf, jnp.inf, (TASKS[self.task].obs_dim,), jnp.float32)
+        size = TASKS[self.task].obs_dim - (0 if self.velocities else self.model.nv)
+        return spaces.Box(-jnp.inf, jnp.inf, (size,), jnp.float32)

@@ -278,6 +278,7 @@ class Observation(NamedTuple):
     # episode start, trial start. Action and reward are 0 at a trial's start only.
     sysid: jax.Array  # (N, F) features of sysid.py, 0 at an episode's start; or (N, 0)
     state: jax.Array  # (N, S) task and raw observation, for the critic in training only; or (N, 0)
+    dt: Any = None  # (N,) duration of the last step, see Trials.time_unit; None where all last equally
 
 
 class Transition(NamedTuple):
@@ -290,6 +291,7 @@ class Transition(NamedTuple):
     diverged: jax.Array  # (N,) bool, a number was not finite, or too large, in the step or at its start
     episode_return: jax.Array  # (N,) float32, sum of the raw rewards of this episode so far
     whole_episode: jax.Array  # (N,) bool, the return counts from the episode's true start
+    dt: Any = None  # (N,) float32, duration of the step; None where all steps last equally
 
     @property
     def episode_end(self) -> jax.Array:
@@ -299,7 +301,7 @@ class Transition(NamedTuple):
 class Counters(NamedTuple):
     """Where N environments are in their trials."""
 
-    episode_step: jax.Array  # (N,) int32; a staggered first episode does not begin at 0
+    episode_step: jax.Array  # (N,) int32, environment steps; a staggered first episode begins above 0
     episode: jax.Array  # (N,) int32, episodes of this trial that are over
     episode_return: jax.Array  # (N,) float32
     whole_episode: jax.Array  # (N,) bool
@@ -388,7 +390,8 @@ class Trials:
     obs_size: int = 12  # size of a projected observation
     action_size: int = 2  # dimensions of the agent's continuous action before projection
     episodes_per_trial: int = 1  # episodes under one pair of projections
-    action_repeat: int = 1  # environment steps with one action; rewards are summed. Counts are after it
+    action_repeat: Any = 1  # environment steps with one action; of several, each step draws one
+    time_unit: float | None = None  # environment steps of duration 1 (default: the mean action_repeat)
     observe_action: bool = True  # observe the previous action
     observe_change: bool = True  # observe the change of the projected observation
     sysid: Any = True  # observe the features of sysid.py; becomes that module, or None
@@ -407,8 +410,12 @@ class Trials:
         if self.projection not in PROJECTIONS:
             raise ValueError(f"projection must be one of {', '.join(PROJECTIONS)}, got {self.projection!r}")
         for name in ("obs_size", "action_size", "episodes_per_trial", "action_repeat"):
-            if getattr(self, name) < 1:
+            if np.min(getattr(self, name), initial=1) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        self.repeats = np.atleast_1d(np.asarray(self.action_repeat, np.int32))
+        self.mean_repeat = self.repeats[0] if len(self.repeats) == 1 else self.repeats.mean()
+        self.irregular = len(self.repeats) > 1 or self.time_unit is not None
+        self.time_unit = self.time_unit or self.mean_repeat
         self.sysid = importlib.import_module("sysid") if self.sysid else None
         self.envs, self.params = zip(*(make(task, **(self.env_kwargs or {})) for task in self.tasks))
         self.task_of_env = np.repeat(np.arange(len(self.tasks)), self.num_envs // len(self.tasks))
@@ -452,19 +459,19 @@ class Trials:
     def _read_limits(self):
         limits = [getattr(params, "max_steps_in_episode", None) for params in self.params]
         known = [limit for limit in limits if limit is not None]
-        if self.action_repeat > min(known, default=NO_LIMIT):
+        if max(self.repeats) > min(known, default=NO_LIMIT):
             raise ValueError(f"action_repeat={self.action_repeat} is longer than an episode, "
                              f"which has {min(known)} steps")
         if max(known, default=1000) * self.episodes_per_trial >= 2**31:
             raise ValueError(f"episodes_per_trial={self.episodes_per_trial} is too large: "
                              "a trial must have fewer than 2**31 steps")
-        steps = [NO_LIMIT if limit is None else math.ceil(limit / self.action_repeat) for limit in limits]
-        self.max_episode_steps = min(steps) if known else None
+        self.max_episode_steps = math.ceil(min(known) / min(self.repeats)) if known else None
         self.trial_length = self.max_episode_steps and self.max_episode_steps * self.episodes_per_trial
-        self.staggered = len(known) == len(steps)
-        self.limits = np.array(steps, np.int32)[self.task_of_env]
+        self.staggered = len(known) == len(limits)
+        limits = [NO_LIMIT if limit is None else limit for limit in limits]
+        self.limits = np.array(limits, np.int32)[self.task_of_env]  # in environment steps
         slow = all(map(is_dmc, self.tasks))  # episodes of known length whose starts are costly
-        self.refresh_every = max(1, min(500, self.max_episode_steps // 2)) if slow else 1
+        self.refresh_every = max(1, min(500, math.ceil(min(limits) / max(self.repeats)) // 2)) if slow else 1
 
     # -- interface
     def reset(self, key, stagger=True):
@@ -482,13 +489,14 @@ class Trials:
         both = jax.vmap(self.draw)(jax.random.split(draw_key))
         first, spare = (jax.tree.map(lambda x: x[i], both) for i in range(2))
         spent = jnp.zeros(self.num_envs, jnp.int32)
+        steps = np.ceil(self.limits / self.mean_repeat).astype(np.int32)
         if stagger and self.staggered:
             spent = jax.vmap(lambda k, limit: jax.random.randint(k, (), 0, limit, jnp.int32))(
-                self.split(stagger_key), self.limits * self.episodes_per_trial)
+                self.split(stagger_key), steps * self.episodes_per_trial)
         state, observation = self.begin(first)
-        step = spent % self.limits
+        step = (spent % steps * np.float32(self.mean_repeat)).astype(jnp.int32)
         counters = state.counters._replace(
-            episode_step=step, episode=spent // self.limits, whole_episode=step == 0)
+            episode_step=step, episode=spent // steps, whole_episode=step == 0)
         return state.replace(spare=spare, counters=counters, key=key), observation
 
     def step(self, state, action, t=0):
@@ -541,7 +549,8 @@ class Trials:
         whole = transition.episode_end & transition.whole_episode
         episodes = by_task(whole)
         mean = by_task(whole * transition.episode_return) / jnp.maximum(episodes, 1)
-        steps = self.action_repeat * by_task(jnp.ones_like(transition.reward))
+        dt = jnp.ones_like(transition.reward) if transition.dt is None else transition.dt
+        steps = self.time_unit * by_task(dt)
         nothing = -jnp.inf if jax.config.jax_debug_nans else jnp.nan
         return {"return": jnp.where(episodes > 0, mean, nothing),
                 "reward": by_task(transition.reward) / steps,
@@ -549,22 +558,30 @@ class Trials:
 
     # -- the parts of a step
     def advance(self, key, state, action):
-        """(environment states, raw observations, reward, terminated, truncated, sound) after a step."""
+        """(environment states, raw observations, reward, terminated, truncated, lasted, sound) after a step.
+
+        `lasted` (N,) int32 is the number of environment steps that were taken.
+        """
         control = self.control(state.act_matrix, action)
+        repeats = jnp.full(self.num_envs, self.repeats[0])
+        if len(self.repeats) > 1:
+            repeats = jax.vmap(lambda k: jax.random.choice(jax.random.fold_in(k, 0), self.repeats))(
+                self.split(jax.random.fold_in(key, 1)))
         results = []
-        for i, (keys, block) in enumerate(zip(self.blocks(self.split(key)), self.blocks(control))):
+        for i, (keys, block, count) in enumerate(zip(
+                *map(self.blocks, (self.split(key), control, repeats)))):
             if not self.discrete:
                 block = block[:, :self.act_dims[i]].reshape(-1, *self.act_shapes[i])
-            env, obs, reward, terminated, truncated = self._repeat(i, keys, state.env[i], block)
+            env, obs, reward, *ends = self._repeat(i, keys, state.env[i], block, count)
             sound = is_sound(obs) & jnp.isfinite(reward)
             if is_dmc(self.tasks[i]):  # a NaN fails the comparison
                 sound &= jnp.isfinite(env.qpos).all(-1) & (jnp.abs(env.qvel) <= 1e4).all(-1)
-            results.append((env, obs, reward, terminated, truncated, sound))
+            results.append((env, obs, reward, *ends, sound))
         env, *rest = zip(*results)
         return env, *map(jnp.concatenate, rest)
 
-    def _repeat(self, i, keys, env, action):
-        """`action_repeat` steps of task i's environments; those whose episode ends stop there."""
+    def _repeat(self, i, keys, env, action, count):
+        """`count` (n,) steps of task i's environments; those whose episode ends stop there."""
 
         def once(k, old):
             repeat_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, k)
@@ -573,29 +590,31 @@ class Trials:
             reward = old[2] + reward.reshape(-1).astype(jnp.float32)
             is_truncated = getattr(self.envs[i], "is_truncated", lambda *_: jnp.zeros((), bool))
             truncated = jax.vmap(is_truncated, (0, None))(env, self.params[i])
-            new = env, self.flat_obs(i, obs), reward, terminated, truncated
-            return select(~(old[3] | old[4]), new, old)
+            new = env, self.flat_obs(i, obs), reward, terminated, truncated, old[5] + 1
+            return select(~(old[3] | old[4]) & (k < count), new, old)
 
         n = len(keys)
         no = jnp.zeros(n, bool)
-        none = env, jnp.zeros((n, max(self.obs_dims)), jnp.float32), jnp.zeros(n, jnp.float32), no, no
-        return jax.lax.fori_loop(0, self.action_repeat, once, none)
+        none = (env, jnp.zeros((n, max(self.obs_dims)), jnp.float32), jnp.zeros(n, jnp.float32), no, no,
+                jnp.zeros(n, jnp.int32))
+        return jax.lax.fori_loop(0, max(self.repeats), once, none)
 
-    def _ended(self, counters, reward, terminated, truncated, sound):
+    def _ended(self, counters, reward, terminated, truncated, lasted, sound):
         """(Transition, Counters after it): which episodes and trials end with this step."""
         diverged = ~(sound & counters.sound & jnp.isfinite(counters.episode_return + reward))
         reward = jnp.where(diverged, 0.0, reward)
         terminated &= ~diverged
-        out_of_time = truncated | (counters.episode_step + 1 >= self.limits)
+        step = counters.episode_step + lasted
+        out_of_time = truncated | (step >= self.limits)
         truncated = (out_of_time | diverged) & ~terminated
         end = terminated | truncated
         episode = counters.episode + end
         trial_end = end & (episode >= self.episodes_per_trial)
         episode_return = counters.episode_return + reward
         transition = Transition(reward, terminated, truncated, trial_end, diverged, episode_return,
-                                counters.whole_episode)
+                                counters.whole_episode, self._duration(lasted))
         return transition, counters._replace(
-            episode_step=jnp.where(end, 0, counters.episode_step + 1),
+            episode_step=jnp.where(end, 0, step),
             episode=jnp.where(trial_end, 0, episode),
             episode_return=jnp.where(end, 0.0, episode_return),
             whole_episode=counters.whole_episode | end)
@@ -605,7 +624,7 @@ class Trials:
         if not self.sysid:
             return None, jnp.zeros((len(obs), 0), jnp.float32)
         linear = self.project(state.obs_matrix, obs)
-        new = self.sysid.update(state.sysid, action, transition.reward, linear)
+        new = self.sysid.update(state.sysid, action, transition.reward, linear, transition.dt)
         new = select(transition.diverged, state.sysid, new)
         new = jax.lax.cond(t % self.sysid.FIT_EVERY == 0, self.sysid.fit, lambda state: state, new)
         return new, self.sysid.features(new)
@@ -623,7 +642,7 @@ class Trials:
         action = jnp.zeros((N, self.action_width), jnp.float32)
         num_features = self.sysid.num_features(self.action_width) if self.sysid else 0
         features = jnp.zeros((N, num_features), jnp.float32)
-        over = Transition(zero, no, yes, yes, no, zero, no)
+        over = Transition(zero, no, yes, yes, no, zero, no, self._duration(zero))
         return self.restart(state, start.obs, action, features, over)
 
     def restart(self, state, obs, action, features, transition):
@@ -650,7 +669,8 @@ class Trials:
         change = jnp.where(end[:, None], 0.0, projected - state.projected)
         observation = Observation(
             projected, change if self.observe_change else change[:, :0], context,
-            jnp.where(end[:, None], 0.0, features), self._privileged(obs))
+            jnp.where(end[:, None], 0.0, features), self._privileged(obs),
+            jnp.where(trial_end, 1.0, transition.dt) if self.irregular else None)
         sysid = state.sysid
         if self.sysid:
             fresh = self.start_sysid(linear)
@@ -662,6 +682,10 @@ class Trials:
                              sysid=sysid, counters=state.counters._replace(sound=sound)), observation
 
     # -- observations, actions, starts
+    def _duration(self, steps):
+        """Environment steps (N,) in units of time; None where all steps last equally."""
+        return (steps / self.time_unit).astype(jnp.float32) if self.irregular else None
+
     def _privileged(self, obs):
         """[1, symlog(raw observation)] in the place of the environment's task, else zeros."""
         if not self.privileged:

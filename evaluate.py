@@ -280,9 +280,9 @@ def measure(agent: Agent, tasks: tuple, trials: int, deterministic: bool = False
             for i, results in enumerate(found):
                 mine = np.s_[:these.steps(i), :, i * trials:(i + 1) * trials]
                 results.append(reduce_trials(out["reward"][mine], out["alive"][mine],
-                                             these.episodes_per_trial, these.action_repeat))
+                                             these.episodes_per_trial, these.mean_repeat))
             bar.update(len(group))
-        return [(*(np.stack(x, 1) for x in zip(*results)), these.steps(i) * these.action_repeat)
+        return [(*(np.stack(x, 1) for x in zip(*results)), these.steps(i) * these.mean_repeat)
                 for i, results in enumerate(found)]
 
     groups = [group for i in range(devices.num_cores()) if (group := tasks[i::devices.num_cores()])]
@@ -318,7 +318,7 @@ def record_trial(agent: Agent, task: str, trials: int, deterministic: bool = Fal
             "ends": np.flatnonzero(mine["episode_end"]).tolist()})
     return dict(
         task=task, run=agent.name, trainer=agent.trainer, seed=agent.seeds[0], trial=trial,
-        trials=trials, family=agent.trials.projection, action_repeat=these.action_repeat,
+        trials=trials, family=agent.trials.projection, action_repeat=these.mean_repeat,
         actions="most likely" if deterministic else "sampled", held_out=task not in agent.tasks,
         obs_matrix=obs_matrix, act_matrix=act_matrix, sides=sides)
 

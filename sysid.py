@@ -81,7 +81,7 @@ def start(o: jax.Array, action_size: int) -> State:
                  model)
 
 
-def update(state: State, action: jax.Array, reward: jax.Array, o: jax.Array) -> State:
+def update(state: State, action: jax.Array, reward: jax.Array, o: jax.Array, dt: jax.Array | None = None) -> State:
     """State after a transition.
 
     Args:
@@ -89,8 +89,11 @@ def update(state: State, action: jax.Array, reward: jax.Array, o: jax.Array) -> 
       action: (N, m) float32, taken after observing state.o; one-hot if discrete.
       reward: (N,) float32, of the action.
       o: (N, n) float32, the observation after it.
+      dt: (N,) float32, how long the action lasted, where that varies: changes and rewards are then per time.
     """
     change, reward = o - state.o, reward[:, None]
+    if dt is not None:
+        change, reward = change / dt[:, None], reward / dt[:, None]
     bend = jnp.where(state.steps > 0, change - state.change, 0.0)
     key = jnp.concatenate([state.o, action, state.action, jnp.ones_like(reward)], -1)
     target = jnp.concatenate([change, bend, reward], -1)

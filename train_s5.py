@@ -18,6 +18,7 @@ After Lu et al., "Structured State Space Models for In-Context Reinforcement Lea
 
 import dataclasses
 import importlib.util
+import inspect
 import math
 from functools import partial
 from typing import Any, Callable, ClassVar, Literal, NamedTuple, get_args, get_origin
@@ -45,13 +46,17 @@ class MemoryConfig:
     width: int = sized(cpu=64, accelerator=256)  # features of every layer of the network
     layers: int = sized(cpu=3, accelerator=4)  # S5 blocks
     state_size: int = sized(cpu=32, accelerator=256)  # P, states of each S5 block
+    dt: Literal["recurrence", "input", "none"] = "recurrence"  # use of a step's duration, where it varies
 
 
 class Memory(S5):
-    """Its interface: zero_state(batch_shape), __call__(hidden, x, reset) and step(hidden, x, reset)."""
+    """Its interface: zero_state(batch_shape), __call__(hidden, x, reset) and step(hidden, x, reset).
 
-    def step(self, hidden, x, reset):
-        return super().step(self.discretise(), hidden, x, reset)
+    Where durations vary and config.dt is "recurrence", they are a fourth argument, in the shape of reset.
+    """
+
+    def step(self, hidden, x, reset, dt=None):
+        return super().step(self.discretise(), hidden, x, reset, dt)
 
 
 def make_memory(config: MemoryConfig) -> nn.Module:
@@ -69,7 +74,8 @@ class Config(MemoryConfig):
     projection: Literal["auto", *envs.PROJECTIONS] = "auto"  # auto: gaussian for DMControl, else none
     obs_size: int = 12  # size of a projected observation
     action_size: int = 2  # dimensions of the action before projection
-    action_repeat: int = 0  # environment steps per action; 0: two for DMControl, else one
+    action_repeat: tuple[int, ...] = ()  # environment steps per action, default: two for DMControl, else
+    # one; of several numbers, one is drawn for every action
     episodes_per_trial: int = 1  # episodes after which the hidden state is reset
     # the agent
     observe_action: bool = True  # observe the previous action
@@ -99,7 +105,7 @@ class Config(MemoryConfig):
     SWEEPABLE: ClassVar = ("lr", "gamma", "gae_lambda", "clip_eps", "ent_coef", "vf_coef")  # traced
 
     def __post_init__(self):
-        may_be_zero = ("action_repeat", "gamma", "gae_lambda", "ent_coef", "vf_coef")
+        may_be_zero = ("gamma", "gae_lambda", "ent_coef", "vf_coef")
         for field in dataclasses.fields(self):
             value, kind = getattr(self, field.name), get_origin(field.type) or field.type
             if kind is Literal:
@@ -115,6 +121,8 @@ class Config(MemoryConfig):
                 valid = isinstance(value, kind)
             if not valid:
                 raise ValueError(f"{field.name} must be {expected}, got {value!r}")
+        if not all(isinstance(n, int) and 0 < n < 1000 for n in self.action_repeat):
+            raise ValueError(f"action_repeat must be positive integers, got {self.action_repeat}")
         if max(self.gamma, self.gae_lambda) > 1:
             raise ValueError(f"gamma and gae_lambda must be at most 1, got {self.gamma}, {self.gae_lambda}")
         if self.vector_memory and not (
@@ -126,8 +134,9 @@ class Config(MemoryConfig):
                              f"{len(self.env)} x {self.num_minibatches}")
 
     @property
-    def steps_per_update(self) -> int:
-        return self.num_envs * self.num_steps * make_trial_kwargs(self)["action_repeat"]
+    def steps_per_update(self) -> int:  # of the mean duration, if durations vary
+        repeats = make_trial_kwargs(self)["action_repeat"]
+        return self.num_envs * self.num_steps * sum(repeats) // len(repeats)
 
     @property
     def num_updates(self) -> int:
@@ -141,7 +150,7 @@ def make_trial_kwargs(config: Config) -> dict[str, Any]:
     hidden = projection not in ("identity", "none")  # else there is nothing to identify
     same = ("obs_size", "action_size", "episodes_per_trial", "observe_action", "observe_change")
     return {name: getattr(config, name) for name in same} | dict(
-        projection=projection, action_repeat=config.action_repeat or (2 if dmc else 1),
+        projection=projection, action_repeat=config.action_repeat or ((2,) if dmc else (1,)),
         sysid=config.sysid and hidden, privileged=config.privileged_critic and hidden,
         env_kwargs=envs.parse_kwargs(config.env_kwargs))
 
@@ -257,13 +266,18 @@ class ActorCritic(nn.Module):
         visible = 0.0 if self.config.blind else 1.0
         observed = flat(self.observation_encoder, visible * jnp.concatenate(parts, -1))
         context = norm.context.normalise(observation.context)
-        found = ()
+        found, times = (), ()
         if vectors:
             *found, y = vectors(hidden[1], context[..., :-2], vectors_of(observation), reset)
             observed = observed + visible * y
+        if observation.dt is not None and self.config.dt == "recurrence":
+            times = (observation.dt,)
+        elif observation.dt is not None and self.config.dt == "input":
+            duration = norm.dt.normalise(observation.dt)
+            context = jnp.concatenate([context, duration[..., None]], -1)
         scale = 1.0 if make_trial_kwargs(self.config)["projection"] in ("identity", "none") else 0.1
         x = nn.gelu(flat(self.context_encoder, context) + scale * observed)
-        state, x = memory(hidden[0], x, reset)
+        state, x = memory(hidden[0], x, reset, *times)
         bypass = nn.gelu(flat(self.bypass, nn.gelu(observed)))
         return (state, *found), jnp.concatenate([self.memory_norm(x), bypass], -1)
 
@@ -300,9 +314,9 @@ class Rollout(NamedTuple):
 def gae(reward, value, last_value, terminated, trial_end, gamma, lam) -> jax.Array:
     """Generalised advantage estimation (Schulman et al., arXiv 1506.02438) over trials, (T, N).
 
-    Arguments are (T, N), but last_value (N,), gamma and lam (). Inside a trial the next value is that of
-    the next step, across episode boundaries too. At a trial's end it is 0 if the task terminated. If the
-    trial ran out of time, the value of the last observation acted on stands in for the final one's.
+    Arguments are (T, N), but last_value (N,), gamma and lam () or (T, N). Inside a trial the next value is
+    that of the next step, across episode boundaries too. At a trial's end it is 0 if the task terminated.
+    If the trial ran out of time, the value of the last observation acted on stands in for the final one's.
     """
     next_value = jnp.concatenate([value[1:], last_value[None]])
     next_value = jnp.where(trial_end, jnp.where(terminated, 0.0, value), next_value)
@@ -322,14 +336,16 @@ def scale_rewards(reward, trial_end, returns, scale, gamma, pmean) -> tuple[Any,
 
     With one scale for all tasks the critic would learn little of those that pay little (compare van
     Hasselt et al., arXiv 1602.07714). The smallest scale is a hundredth of the largest. The bound is for
-    rewards that come after long zeros. `returns` (N,) and `scale`, Moments (tasks,), are carried from
-    rollout to rollout and returned second and third.
+    rewards that come after long zeros. gamma is () or (T, N). `returns` (N,) and `scale`, Moments
+    (tasks,), are carried from rollout to rollout and returned second and third.
     """
     def accumulate(total, x):
-        total = jnp.clip(total * gamma + x[0], -1e12, 1e12)  # its square must be finite
-        return total * (1.0 - x[1]), total
+        reward, trial_end, gamma = x
+        total = jnp.clip(total * gamma + reward, -1e12, 1e12)  # its square must be finite
+        return total * (1.0 - trial_end), total
 
-    returns, history = jax.lax.scan(accumulate, returns, (reward, trial_end), unroll=8)
+    steps = reward, trial_end, jnp.broadcast_to(gamma, reward.shape)
+    returns, history = jax.lax.scan(accumulate, returns, steps, unroll=8)
     by_task = history.reshape(len(history), len(scale.mean), -1)  # (T, N) -> (T, tasks, N / tasks)
     scale = scale.merge(by_task[:, 0].size, *moments_of(by_task, (0, 2), pmean))
     deviation = jnp.sqrt(scale.var)
@@ -395,7 +411,11 @@ def make_train(config: Config, make_memory: Callable = make_memory, axis: str | 
         from vector_s5 import VectorS5
         vectors = VectorS5(features=config.width, scalars=trials.action_width + 1, vectors=2,
                            size=trials.obs_size, actions=trials.action_width)
-    network = ActorCritic(config, make_memory(config), vectors, trials.action_dims, trials.num_bins)
+    memory = make_memory(config)
+    takes_dt = "dt" in inspect.signature(memory.__call__).parameters
+    if trials.irregular and config.dt == "recurrence" and not takes_dt:
+        raise ValueError("this memory has no argument dt: choose dt='input' or 'none'")
+    network = ActorCritic(config, memory, vectors, trials.action_dims, trials.num_bins)
     # Adam without its step size, which is traced for sweeps and multiplied where the step is taken
     optimiser = optax.chain(optax.clip_by_global_norm(config.MAX_GRAD_NORM), optax.scale_by_adam())
     tasks, N = len(config.env), config.num_envs
@@ -467,11 +487,13 @@ def make_train(config: Config, make_memory: Callable = make_memory, axis: str | 
         hidden, norm = runner.hidden, runner.norm
         runner, rollout, last_value = collect(runner)
         hyper, transition = runner.hyper, rollout.transition
+        gamma, lam = hyper["gamma"], hyper["gae_lambda"]
+        if transition.dt is not None:  # both are of a step of the mean duration
+            gamma, lam = gamma**transition.dt, lam**transition.dt
         reward, returns, reward_scale = scale_rewards(
-            transition.reward, transition.trial_end, runner.returns, runner.reward_scale,
-            hyper["gamma"], pmean)
+            transition.reward, transition.trial_end, runner.returns, runner.reward_scale, gamma, pmean)
         advantage = gae(reward, rollout.value, last_value, transition.terminated,
-                        transition.trial_end, hyper["gamma"], hyper["gae_lambda"])
+                        transition.trial_end, gamma, lam)
         data = (rollout._replace(transition=None), normalise_advantages(advantage, tasks, pmean),
                 advantage + rollout.value)
         shards = jax.lax.axis_size(axis) if axis else 1

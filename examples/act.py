@@ -29,10 +29,10 @@ obs_matrix = rng.normal(size=(agent.trials.obs_size, 5)) / np.sqrt(5)
 act_matrix = rng.normal(size=(1, agent.trials.action_dims)) / np.sqrt(agent.trials.action_dims)
 hidden, inputs = agent.start((obs_matrix @ read(state)[0])[None])
 total = 0.0
-for t in range(1000 // agent.trials.action_repeat):
+for t in range(1000 // agent.trials.mean_repeat):
     action, hidden = agent.act(hidden, inputs, jax.random.PRNGKey(t))
     control, reward = np.clip(act_matrix @ action.value[0], -1, 1), 0.0
-    for _ in range(agent.trials.action_repeat):
+    for _ in range(agent.trials.mean_repeat):
         state = step(state, control)
         reward += read(state)[1]
     inputs = agent.observe(inputs, action, [reward], (obs_matrix @ read(state)[0])[None], [False])

@@ -13,7 +13,7 @@ import importlib.util
 import sys
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -35,6 +35,7 @@ class Config(train_s5.Config):
     window: int = 128  # steps that a query attends to, its own included
     hidden_size: int = train_s5.sized(cpu=81, accelerator=770)  # units between the dense layers
     state_size: ClassVar[None] = None  # removes S5's field
+    dt: Literal["input", "none"] = "input"  # use of a step's duration, where it varies
 
 
 # ---- Memory --------------------------------------------------------------------------------------

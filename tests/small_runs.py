@@ -11,7 +11,7 @@ import train_s5
 
 TASKS = ("cartpole-swingup", "cartpole-balance")  # trained on, held out; both pay in every step
 SMALL = dict(width=8, layers=1, state_size=8, num_envs=4, num_steps=8, num_minibatches=2, log_every=1,
-             env=TASKS[:1], action_repeat=1, env_kwargs=("max_steps_in_episode=60",))
+             env=TASKS[:1], action_repeat=(1,), env_kwargs=("max_steps_in_episode=60",))
 
 
 def make_run(folder, trainer=train_s5, settings=({},), seeds=(0,), **changes):

@@ -123,7 +123,10 @@ class TrainedCopy:
     (dict(num_steps=0), "num_steps must be int, finite and above 0"), (dict(num_steps=True), "num_steps must be int"),
     (dict(num_steps=1.5), "num_steps must be int"), (dict(num_envs=2**50), "num_envs must be int, finite"),
     (dict(gamma=1.5), "gamma and gae_lambda must be at most 1"),
-    (dict(action_repeat=-1), "action_repeat must be int, finite and at least 0"),
+    (dict(action_repeat=2), "action_repeat must be tuple, got 2"),
+    (dict(action_repeat=(-1,)), "action_repeat must be positive integers"),
+    (dict(action_repeat=(1, 0)), "action_repeat must be positive integers"),
+    (dict(action_repeat=(1.5,)), "action_repeat must be positive integers"),
     (dict(num_envs=7), "num_envs=7 must be divisible by tasks x minibatches = 1 x 2"),
     (dict(env=()), "env"), (dict(env="CartPole-v1"), "env must be tuple, got 'CartPole-v1'"),
     (dict(reset="off"), "reset must be one of trial, step, never, got 'off'"),
@@ -138,9 +141,9 @@ def test_every_field_is_validated_from_python(trainer, changes, message):
 
 
 def test_actions_last_two_steps_of_dmcontrol():
-    for env, repeat, lasts in (("reacher-easy", 0, 2), ("CartPole-v1", 0, 1), ("reacher-easy", 3, 3)):
+    for env, repeat, lasts in (("reacher-easy", (), 2), ("CartPole-v1", (), 1), ("reacher-easy", (3,), 3)):
         config = small(env=(env,), action_repeat=repeat)
-        assert train_s5.make_trial_kwargs(config)["action_repeat"] == lasts
+        assert train_s5.make_trial_kwargs(config)["action_repeat"] == (lasts,)
         assert config.steps_per_update == lasts * config.num_envs * config.num_steps
         assert config.num_updates % config.log_every == 0
         assert config.num_updates * config.steps_per_update >= config.total_timesteps

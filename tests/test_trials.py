@@ -79,7 +79,7 @@ class Reference:
             block = block if trials.discrete else block[:, :trials.act_dims[i]]
             obs = np.split(self.obs, len(trials.tasks))[i]
             reward, terminated, truncated = np.zeros(len(block)), *np.zeros((2, len(block)), bool)
-            for k in range(trials.action_repeat):
+            for k in range(int(trials.mean_repeat)):
                 live = ~(terminated | truncated)
                 self.early_ends += 0 if k == 0 else (~live).sum()
                 raw, new, pay, over, _ = self.raw_step[i](state, block)
@@ -98,13 +98,13 @@ class Reference:
         trials, whole = self.trials, np.ones(self.N, bool)
         control, value = self.control(action)
         reward, terminated, truncated = self.advance(control)
-        truncated = (truncated | (self.episode_step + 1 >= trials.limits)) & ~terminated
+        truncated = (truncated | (self.episode_step + trials.mean_repeat >= trials.limits)) & ~terminated
         end = terminated | truncated
         trial_end = end & (self.episode + 1 >= trials.episodes_per_trial)
         self.episode_return += reward
         transition = envs.Transition(reward, terminated, truncated, trial_end, ~whole,
                                      self.episode_return.copy(), whole)
-        self.episode_step = np.where(end, 0, self.episode_step + 1)
+        self.episode_step = np.where(end, 0, self.episode_step + trials.mean_repeat)
         self.episode = np.where(trial_end, 0, self.episode + end)
         self.episode_return[end] = 0
         arrays = (np.float32(x) for x in (value, reward, self.linear()))
