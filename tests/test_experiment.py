@@ -24,6 +24,7 @@ import toy
 
 import devices
 import experiment
+import logs
 import train_lstm
 import train_s5
 
@@ -51,7 +52,7 @@ def compiled_once():
 
 @pytest.fixture
 def no_figures(monkeypatch):
-    monkeypatch.setattr(experiment, "plot_training", lambda this: None)
+    monkeypatch.setattr(logs, "plot_training", lambda this: None)
 
 
 def train(out, config=toy.Config(), trainer=toy, **options):
@@ -145,7 +146,7 @@ MOMENTS = [  # (module or class, function, kill before or after it, at which of 
     (experiment, "save", "before", 1),  # there is nothing to resume from
     (experiment, "save", "after", 1),
     (experiment.Logs, "add", "after", 1),  # rows, and no checkpoint after them
-    (experiment, "write_rows", "after", 1),  # rows in metrics.csv, and none in timing.csv
+    (logs, "write_rows", "after", 1),  # rows in metrics.csv, and none in timing.csv
     (experiment.Logs, "add", "before", 3),
     (experiment, "restore", "after", 1),
     (os, "truncate", "after", 1),  # later rows are dropped from metrics.csv only
@@ -153,7 +154,7 @@ MOMENTS = [  # (module or class, function, kill before or after it, at which of 
     (os, "replace", "after", 1),  # agent.msgpack is newer than the checkpoints
     (os, "replace", "before", 2),  # the checkpoint is not yet named so
     (Path, "unlink", "before", 1),  # there are three checkpoints
-    (experiment, "plot_training", "before", 1)]
+    (logs, "plot_training", "before", 1)]
 
 
 def killed(monkeypatch, moment, attempt, folder, copy):
