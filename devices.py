@@ -40,6 +40,7 @@ def start(patience: float = 60.0) -> None:
     if num_processes > 1 and not jax.distributed.is_initialized():
         if process_id > 0:
             wait_for(coordinator, patience)
+        jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
         # the others end after so many seconds without the heartbeat of one that is gone
         jax.distributed.initialize(
             coordinator, num_processes, process_id, heartbeat_timeout_seconds=30)
@@ -96,6 +97,11 @@ def from_first(value: Any) -> Any:
     """Returns what process 0 passes, of at most 4,096 bytes as JSON. Every process calls this."""
     text = np.frombuffer(json.dumps(value).encode().ljust(4096), np.uint8)
     return json.loads(bytes(broadcast_one_to_all(text)))
+
+
+def highest(*values: int) -> list[int]:
+    """Returns the highest of each value among all processes. Every process calls this."""
+    return process_allgather(np.array(values, np.int32)).max(0).tolist()
 
 
 def gather(tree: Any) -> Any:

@@ -11,7 +11,7 @@ From Python, a whole run is one pure function:
     out = jax.jit(jax.vmap(train))(jax.vmap(jax.random.PRNGKey)(jnp.arange(4)))
 
 To copy: s5.py and envs.py suffice for gymnax environments and your own; dmc.py, physics.py, sysid.py
-add DMControl, vector_s5.py --vector-memory, experiment.py and devices.py run folders.
+add DMControl, vector_s5.py --vector-memory, experiment.py and its imports run folders.
 
 After Lu et al., "Structured State Space Models for In-Context Reinforcement Learning" (arXiv 2303.03982).
 """

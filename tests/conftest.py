@@ -1,5 +1,6 @@
 """Tests import the top-level files, run on the CPU and share one cache of compiled functions."""
 
+import functools
 import importlib.util
 import os
 import sys
@@ -25,6 +26,35 @@ def quick():
         jax.config.update("jax_disable_most_optimizations", True)
         yield
         jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def compiled_once():
+    """Compiles once for equal trainer, configuration and devices."""
+    import devices  # after the settings above
+    make_program = devices.make_program
+
+    @functools.cache
+    def shared(*args):
+        program = make_program(*args)
+        return program._replace(compile=functools.cache(program.compile))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(devices, "make_program", shared)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(compiled_once, tmp_path_factory):
+    """The folder of a finished run of the toy with two seeds."""
+    import toy_runs  # after the settings above
+    return toy_runs.train(tmp_path_factory.mktemp("runs") / "whole", evaluate=False)
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    import logs  # after the settings above
+    monkeypatch.setattr(logs, "plot_training", lambda this: None)
 
 
 @pytest.fixture

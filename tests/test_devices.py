@@ -125,12 +125,12 @@ def test_devices_have_the_environments_of_one():
 RUNS = """
 import sys
 sys.path[:0] = ["ROOT", "ROOT/tests"]
-import experiment, toy, train_s5
+import experiment, logs, toy, train_s5
 for trainer, config, count, seeds in [
         (toy, toy.Config(), 2, 1),
         (train_s5, train_s5.Config(**SMALL), 1, 1), (train_s5, train_s5.Config(**SMALL), 4, 1),
         (train_s5, train_s5.Config(**SMALL), 4, 2)]:
-    experiment.plot_training = lambda this: None
+    logs.plot_training = lambda this: None
     experiment.run(trainer.make_train, config, experiment.Options(
         out=f"{trainer.__name__}-{count}x{seeds}", devices=count, num_seeds=seeds))
 """.replace("ROOT", str(ROOT)).replace("SMALL", repr(dict(

@@ -380,13 +380,18 @@ def test_refusals(run, gym_run, tmp_path, monkeypatch, capsys):
 
 
 def test_imports_run_one_way():
-    """evaluate -> agent -> experiment -> devices; agents find their trainer by name; no circle."""
+    """evaluate -> agent -> experiment -> logs -> run_folder -> devices, without a circle.
+
+    Agents find their trainer by name.
+    """
     def imported(name):
         found = re.findall(r"^(?:import|from) (\w+)", (ROOT / f"{name}.py").read_text(), re.M)
         return {f for f in found if (ROOT / f"{f}.py").exists()}
 
     assert imported("evaluate") == {"agent", "devices", "envs", "experiment", "replay"}
-    assert imported("agent") == {"envs", "experiment"} and imported("experiment") == {"devices"}
+    assert imported("agent") == {"envs", "experiment"} and imported("experiment") == {
+        "devices", "logs", "run_folder"}
+    assert imported("logs") == {"run_folder"} and imported("run_folder") == {"devices"}
     assert imported("replay") == {"dmc"} and imported("dmc") == {"physics"}
     assert imported("devices") == imported("envs") == imported("physics") == imported("sysid") == set()
     assert not {"evaluate", "agent"} & (imported("train_s5") | imported("train_lstm"))

@@ -1,12 +1,6 @@
-"""Run folders: logs, checkpoints, resume, sweeps, the agent file, the command line.
+"""Training runs: what they write, kills and signals at any moment, resume."""
 
-Most tests train the toy of toy.py, whose compiled function is shared by all runs of this file.
-"""
-
-import csv
-import dataclasses
 import functools
-import json
 import os
 import random
 import shutil
@@ -21,58 +15,16 @@ import jax
 import numpy as np
 import pytest
 import toy
+from toy_runs import resume, rows, train
 
-import devices
 import experiment
+import logs
 import train_lstm
-import train_s5
 
-pytestmark = pytest.mark.usefixtures("quick")
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = dict(env=("CartPole-v1",), width=8, num_envs=8, num_steps=16, num_minibatches=2, layers=1,
              update_epochs=2, log_every=2, total_timesteps=512)
-bitwise = functools.partial(jax.tree.map, np.testing.assert_array_equal)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once():
-    """Compiles once for equal trainer, configuration and devices."""
-    make_program = devices.make_program
-
-    @functools.cache
-    def shared(*args):
-        program = make_program(*args)
-        return program._replace(compile=functools.cache(program.compile))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(devices, "make_program", shared)
-        yield
-
-
-@pytest.fixture
-def no_figures(monkeypatch):
-    monkeypatch.setattr(experiment, "plot_training", lambda this: None)
-
-
-def train(out, config=toy.Config(), trainer=toy, **options):
-    """A run of the toy with a checkpoint after every call; its folder."""
-    options = {"num_seeds": 2, "checkpoint_minutes": 0.0} | options
-    return experiment.run(trainer.make_train, config, experiment.Options(out=str(out), **options))
-
-
-def resume(folder, trainer=toy):
-    return experiment.run(trainer.make_train, *experiment.read_run(folder, trainer.Config))
-
-
-def rows(folder, name="metrics"):
-    with (folder / f"{name}.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The folder of a finished run of two seeds."""
-    return train(tmp_path_factory.mktemp("runs") / "whole", evaluate=False)
+pytestmark = pytest.mark.usefixtures("quick", "compiled_once")
 
 
 # ---- What a run writes ---------------------------------------------------------------------------
@@ -82,7 +34,7 @@ def test_a_run_writes_its_folder(whole):
     assert names == {"config.json", "metrics.csv", "timing.csv", "checkpoints", "agent.msgpack",
                      "tensorboard", "returns.png"}
     assert (whole / "returns.png").stat().st_size > 1000
-    assert any(path.stat().st_size > 1000 for path in (whole / "tensorboard").iterdir())
+    assert {path.name for path in (whole / "tensorboard").iterdir()} == {"seed=0", "seed=1"}
     assert {path.name for path in (whole / "checkpoints").iterdir()} == {"8.npz", "10.npz"}
     timing = rows(whole, "timing")
     assert [int(row["update"]) for row in timing] == [2, 4, 6, 8, 10]
@@ -145,7 +97,7 @@ MOMENTS = [  # (module or class, function, kill before or after it, at which of 
     (experiment, "save", "before", 1),  # there is nothing to resume from
     (experiment, "save", "after", 1),
     (experiment.Logs, "add", "after", 1),  # rows, and no checkpoint after them
-    (experiment, "write_rows", "after", 1),  # rows in metrics.csv, and none in timing.csv
+    (logs, "write_rows", "after", 1),  # rows in metrics.csv, and none in timing.csv
     (experiment.Logs, "add", "before", 3),
     (experiment, "restore", "after", 1),
     (os, "truncate", "after", 1),  # later rows are dropped from metrics.csv only
@@ -153,7 +105,7 @@ MOMENTS = [  # (module or class, function, kill before or after it, at which of 
     (os, "replace", "after", 1),  # agent.msgpack is newer than the checkpoints
     (os, "replace", "before", 2),  # the checkpoint is not yet named so
     (Path, "unlink", "before", 1),  # there are three checkpoints
-    (experiment, "plot_training", "before", 1)]
+    (logs, "plot_training", "before", 1)]
 
 
 def killed(monkeypatch, moment, attempt, folder, copy):
@@ -204,75 +156,6 @@ def test_a_finished_run_is_resumed_without_a_change(whole, tmp_path, no_figures)
         assert (folder / name).read_bytes() == (whole / name).read_bytes()
 
 
-def test_a_broken_checkpoint_falls_back(whole, tmp_path, capsys, no_figures):
-    """To the one before, if the newest is cut short or damaged. Then it is replaced."""
-    good = (whole / "checkpoints/10.npz").read_bytes()
-    with np.load(whole / "checkpoints/10.npz") as file:
-        damage = good.index(file["arr_0"].tobytes())
-    flipped = bytearray(good)
-    flipped[damage] ^= 1
-    for broken in (good[:10], good[:-100], bytes(flipped), b""):
-        folder = shutil.copytree(whole, tmp_path / str(time.monotonic_ns()))
-        (folder / "checkpoints/10.npz").write_bytes(broken)
-        resume(folder)
-        assert "10.npz cannot be read, trying the one before" in capsys.readouterr().err
-        for name in ("metrics.csv", "agent.msgpack"):
-            assert (folder / name).read_bytes() == (whole / name).read_bytes()
-        before, after = (np.load(run / "checkpoints/10.npz") for run in (whole, folder))
-        bitwise([before[name] for name in before if name != "logs"],
-                [after[name] for name in after if name != "logs"])
-
-
-def test_checkpoints_of_another_configuration_are_refused(whole, tmp_path):
-    folder = shutil.copytree(whole, tmp_path / "copy")
-    with pytest.raises(ValueError, match="was written by toy.py and cannot be read by train_s5.py"):
-        resume(folder, train_s5)
-    settings = json.loads((folder / "config.json").read_text())
-    settings["config"]["width"] += 1
-    (folder / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match="no usable checkpoint") as error:
-        resume(folder)
-    assert "\n" not in str(error.value)
-    assert (folder / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
-    shutil.rmtree(folder / "checkpoints")  # there are rows, so training had begun
-    with pytest.raises(ValueError, match="none was written"):
-        resume(folder)
-
-
-def test_folders_that_cannot_be_read_say_why(tmp_path):
-    """config.json of another version or trainer, with unknown, missing and impossible values."""
-    config, options = toy.Config(), experiment.Options()
-    good = {"trainer": "toy", "config": dataclasses.asdict(config),
-            "options": dataclasses.asdict(options)}
-    for saved, message in [
-            (good, None), ({"trainer": "toy", "config": {}}, "not written by this version"),
-            (good | {"trainer": "train_gru"}, "train_gru.py"), ([1, 2], "not written by"),
-            (good | {"config": 3}, "not written by"),
-            (good | {"config": good["config"] | {"lr": -1}}, "lr must be"),
-            (good | {"config": good["config"] | {"lr": "high"}}, "does not fit"),
-            (good | {"config": good["config"] | {"depth": 3}}, "added or removed .depth"),
-            (good | {"options": {"seed": 0}}, "checkpoint_minutes, devices")]:
-        (tmp_path / "config.json").write_text(json.dumps(saved))
-        if message is None:
-            found = experiment.read_run(tmp_path, toy.Config)
-            assert found == (config, dataclasses.replace(options, resume=str(tmp_path)))
-            continue
-        with pytest.raises(ValueError, match=message) as error:
-            experiment.read_run(tmp_path, toy.Config)
-        assert "\n" not in str(error.value)
-
-
-def test_a_folder_names_its_trainer(tmp_path):
-    """read_run without a Config imports the trainer named in the folder."""
-    saved = {"trainer": "train_s5", "config": dataclasses.asdict(train_s5.Config()),
-             "options": dataclasses.asdict(experiment.Options())}
-    (tmp_path / "config.json").write_text(json.dumps(saved))
-    assert experiment.read_run(tmp_path)[0] == train_s5.Config()
-    (tmp_path / "config.json").write_text(json.dumps(saved | {"trainer": "train_gru"}))
-    with pytest.raises(ValueError, match="train_gru.py is not here"):
-        experiment.read_run(tmp_path)
-
-
 def test_a_real_trainer_resumes_to_the_same_bits(tmp_path, no_figures):
     """train_lstm.py from its checkpoint half-way; train_s5.py is killed in the next test."""
     config = train_lstm.Config(**SMALL)
@@ -321,49 +204,6 @@ def test_sigkill_and_resume_are_bit_identical(tmp_path):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-# ---- Sweeps --------------------------------------------------------------------------------------
-def test_a_sweep_ranks_settings_that_train_as_if_alone(tmp_path, capsys):
-    """Two by two settings with two seeds: a row for each, and that of a run with this setting."""
-    folder = train(tmp_path / "sweep", sweep=("lr=0.1,1e-3", "decay=0.5,0.9"))
-    table = rows(folder)
-    assert len(table) == 8 * 10
-    assert [(row["lr"], row["decay"], row["seed"]) for row in table[:8]] == [
-        (lr, decay, seed) for lr in ("0.1", "0.001") for decay in ("0.5", "0.9") for seed in "01"]
-    ranking = rows(folder, "sweep")
-    scores = [float(row["return"]) for row in ranking]
-    assert len(scores) == 4 and scores == sorted(scores, reverse=True)
-    assert all(float(r["low"]) < float(r["return"]) < float(r["high"]) for r in ranking)
-    assert (folder / "sweep.png").stat().st_size > 1000
-    best = f"lr={float(ranking[0]['lr']):g}, decay={float(ranking[0]['decay']):g}"
-    assert capsys.readouterr().out.index(best) > 0
-    alone = experiment.read_metrics(train(tmp_path / "alone", toy.Config(lr=1e-3, decay=0.5)))
-    swept = [row["loss"] for row in experiment.read_metrics(folder)
-             if (row["lr"], row["decay"]) == (1e-3, 0.5)]
-    np.testing.assert_allclose(swept, [row["loss"] for row in alone], rtol=1e-4)
-    members = experiment.read_agent(folder)["members"]
-    assert members[3] == {"seed": 1, "setting": {"lr": 0.1, "decay": 0.9}} and len(members) == 8
-
-
-@pytest.mark.parametrize("sweep,message", [
-    ("width=8,16", "'width'.*it changes the program.*Sweepable: lr, decay"), ("lr", "NAME=V1,V2"),
-    ("speed=1", "cannot sweep 'speed' in one compiled function. Sweepable"),
-    ("lr=low", "expected NAME=V1,V2,... with numbers"), ("lr=0.1,-1", "lr must be positive")])
-def test_sweeps_that_cannot_be(sweep, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        train(tmp_path / "run", sweep=(sweep,))
-    assert not list(tmp_path.iterdir())
-
-
-def test_t_interval():
-    """Against numbers from a table of Student's t; NaNs are left out, one value has no interval."""
-    x = np.array([[1.0, 5, 2], [2, np.nan, 2], [4.5, np.nan, 2]])
-    mean, low, high = experiment.t_interval(x)
-    np.testing.assert_allclose(mean, [2.5, 5, 2])
-    half = 4.3027 * np.std([1, 2, 4.5], ddof=1) / np.sqrt(3)
-    np.testing.assert_allclose([low[0], high[0]], [2.5 - half, 2.5 + half], rtol=1e-4)
-    assert np.isnan([low[1:], high[1:]]).all()
-
-
 # ---- Runs that end early -------------------------------------------------------------------------
 def test_a_run_that_skips_most_updates_stops(tmp_path):
     with pytest.raises(FloatingPointError, match="lower --lr"):
@@ -371,146 +211,81 @@ def test_a_run_that_skips_most_updates_stops(tmp_path):
     assert rows(tmp_path / "run")
 
 
-def test_an_interrupted_run_says_how_to_go_on(tmp_path, monkeypatch, capsys):
-    def interrupt(*_):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("number,error,code", [
+    (signal.SIGINT, KeyboardInterrupt, ()), (signal.SIGTERM, SystemExit, (143,))])
+def test_a_signal_saves_first(
+        number, error, code, whole, tmp_path, monkeypatch, capsys, no_figures):
+    """It arrives during the third call. The run goes on to the same bytes; handlers are as before.
+    """
+    def add(self, update, *args, original=logs.Logs.add):
+        original(self, update, *args)
+        if update == 6:
+            signal.raise_signal(number)
 
-    monkeypatch.setattr(experiment.Logs, "add", interrupt)
-    with pytest.raises(SystemExit) as stop:
-        command(monkeypatch, "--out", str(tmp_path / "run"))
-    assert stop.value.code == 130
-    assert f"go on with: python toy.py --resume {tmp_path / 'run'}" in capsys.readouterr().err
-
-
-def test_out_of_memory_names_the_flags(monkeypatch, capsys):
-    def run(*_):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes")
-
-    monkeypatch.setattr(experiment, "run", run)
-    with pytest.raises(SystemExit) as stop:
-        command(monkeypatch)
-    assert stop.value.code == 2
-    [line] = capsys.readouterr().err.splitlines()
-    assert "lower --num-envs, --num-seeds or --width" in line
-
-
-def test_wandb_that_is_not_installed(monkeypatch, tmp_path):
-    monkeypatch.setattr(experiment.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="pip install wandb"):
-        train(tmp_path / "run", wandb="project")
-    assert not list(tmp_path.iterdir())
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with monkeypatch.context() as patch, pytest.raises(error) as stop:
+        patch.setattr(logs.Logs, "add", add)
+        patch.setattr(sys, "argv", ["examples/toy.py"])
+        train(tmp_path / "a run", evaluate=False, checkpoint_minutes=5.0)
+    assert stop.value.args == code
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [path.name for path in experiment.saved(tmp_path / "a run")] == ["6.npz", "0.npz"]
+    advice = f"saved; go on with: python examples/toy.py --resume '{tmp_path / 'a run'}'"
+    assert capsys.readouterr().err.splitlines()[-1] == advice
+    resume(tmp_path / "a run")
+    for name in ("metrics.csv", "agent.msgpack"):
+        assert (tmp_path / "a run" / name).read_bytes() == (whole / name).read_bytes()
 
 
-def test_wandb_gets_the_numbers(monkeypatch, tmp_path, no_figures):
-    """A stand-in for the package: settings once, scalars of every call, no NaN, an end."""
-    class Wandb:
-        log_calls, ended = [], False
-
-        def init(self, **settings):
-            self.settings = settings
-            return self
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.ended = True
-
-        def log(self, scalars, step):
-            self.log_calls.append((step, scalars))
-
-    wandb = Wandb()
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    monkeypatch.setattr(experiment.importlib.util, "find_spec", lambda name: True)
-    train(tmp_path / "run", wandb="project")
-    assert wandb.settings["project"] == "project" and wandb.settings["name"] == "run"
-    assert wandb.settings["config"]["lr"] == 0.1 and wandb.settings["config"]["num_seeds"] == 2
-    assert [step for step, _ in wandb.log_calls] == [64, 128, 192, 256, 320] and wandb.ended
-    assert all(np.isfinite(list(scalars.values())).all() for _, scalars in wandb.log_calls)
+def started(script, *flags, **variables):
+    """A trainer as a process, on one device."""
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"} | variables
+    return subprocess.Popen([sys.executable, str(ROOT / script), *flags], env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-# ---- Command line --------------------------------------------------------------------------------
-def command(monkeypatch, *flags):
-    monkeypatch.setattr(sys, "argv", ["toy.py", *flags])
-    experiment.main(toy.Config, toy.make_train, toy.__doc__)
+def wait_until(process, condition):
+    while process.poll() is None and not condition():
+        time.sleep(0.01)
 
 
-def test_the_command_line_trains_and_evaluates(tmp_path, monkeypatch, capsys, no_figures):
-    """In a folder named after trainer, task and date. It does not evaluate a sweep."""
-    class Evaluate:
-        folders = []
+def test_a_second_signal_and_a_second_process(tmp_path):
+    """While a run trains, --resume of its folder is refused; two signals end it at once.
 
-        def report(self, folder):
-            self.folders.append(folder)
-
-    monkeypatch.setitem(sys.modules, "evaluate", Evaluate())
-    monkeypatch.chdir(tmp_path)
-    command(monkeypatch, "--num-seeds", "2")
-    [folder] = Path("runs").iterdir()
-    assert folder.name.startswith("toy-2tasks-20") and Evaluate.folders == [folder]
-    out = capsys.readouterr().out
-    assert f"{folder}: 2 x 320 steps of walk, toy:run on 1 cpu" in out
-    assert "6 parameters; ready in" in out and f"everything is in {folder}" in out
-    command(monkeypatch, "--no-evaluate", "--out", "one", "--num-seeds", "2")
-    command(monkeypatch, "--sweep", "lr=0.1,1e-3", "--sweep", "decay=0.5,0.9", "--num-seeds", "2",
-            "--out", "two")
-    command(monkeypatch, "--resume", "one", "--num-seeds", "7")
-    assert Evaluate.folders == [folder]
-    assert experiment.read_agent("one")["params"]["params"]["w"].shape == (2, 6)
-    monkeypatch.setattr(experiment, "__file__", str(tmp_path / "experiment.py"))
-    experiment.evaluate(folder)
-    assert "evaluate.py is not here" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("flags,message", [
-    (["--num-seeds", "0"], "num_seeds must be at least 1"), (["--seed", "-1"], "seed must not be"),
-    (["--lr", "-1"], "lr must be positive"), (["--lr", "high"], "--lr"),
-    (["--num-envs", "7"], "divisible"), (["--no-such-flag"], "no-such-flag"),
-    (["--evaluate", "3"], "3")])
-def test_invalid_flags_are_explained_by_tyro(flags, message, tmp_path, monkeypatch, capsys):
-    """Its message and exit status 2."""
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        command(monkeypatch, *flags)
-    assert stop.value.code == 2
-    captured = capsys.readouterr()
-    assert message in captured.err and "Traceback" not in captured.err and not captured.out
-    assert not list(tmp_path.iterdir())
+    The lock of the process that was killed does not block the next. This starts four processes.
+    """
+    folder = tmp_path / "run"
+    run = started("tests/toy.py", "--out", str(folder), "--no-evaluate", TOY_DELAY="1000")
+    wait_until(run, lambda: experiment.saved(folder))
+    other = started("tests/toy.py", "--resume", str(folder))
+    out, err = other.communicate(timeout=100)
+    assert other.returncode == 2 and err == f"error: another process trains in {folder}: wait " \
+                                            "until it has ended\n"
+    run.send_signal(signal.SIGINT)
+    while "second signal" not in run.stderr.readline():
+        assert run.poll() is None
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(timeout=10) == 143 and "go on with: python" in run.stderr.read()
+    killed = started("tests/toy.py", "--resume", str(folder), TOY_DELAY="1000")
+    wait_until(killed, lambda: (folder / "timing.csv").exists() and (folder / "lock").exists())
+    killed.kill()
+    killed.wait()
+    assert (folder / "lock").exists()
+    last = started("tests/toy.py", "--resume", str(folder), "--no-evaluate")
+    assert last.communicate(timeout=100) and last.returncode == 0
+    assert len(rows(folder)) == 10 and not (folder / "lock").exists()
 
 
-@pytest.mark.parametrize("flags,message", [
-    (["--sweep", "width=8,16"], "cannot sweep"), (["--out", "/proc/nowhere"], "choose an --out"),
-    (["--out", "old"], "old exists already: choose another --out, or --resume old"),
-    (["--resume", "nowhere"], "nowhere is not a run folder"), (["--devices", "99"], "devices=99"),
-    (["--resume", "old", "--lr", "1"], "not written by this version")])
-def test_what_cannot_be_run_is_one_sentence_and_exit_status_2(
-        flags, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    Path("old").mkdir()
-    Path("old/config.json").write_text("{}")
-    with pytest.raises(SystemExit) as stop:
-        command(monkeypatch, *flags)
-    assert stop.value.code == 2
-    [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and message in line
-    assert [path.name for path in tmp_path.rglob("config.json")] == ["config.json"]
-
-
-def test_there_are_at_most_forty_flags(capsys):
-    options = dataclasses.fields(experiment.Options)
-    for trainer in (train_s5, train_lstm):
-        assert len(dataclasses.fields(trainer.Config)) + len(options) <= 40
-    with pytest.raises(SystemExit) as stop:
-        experiment.parse_flags(train_s5.Config, args=["--help"])
-    text = capsys.readouterr().out
-    assert stop.value.code == 0
-    for field in options:
-        assert f"--{field.name.replace('_', '-')}" in text
-
-
-def test_sizes_depend_on_the_machine(monkeypatch):
-    """The command line without flags has the sizes of Config(), on a CPU and on an accelerator."""
-    for backend, width in (("cpu", 6), ("gpu", 12)):
-        monkeypatch.setattr(jax, "default_backend", lambda: backend)
-        config, options = experiment.parse_flags(toy.Config, args=[])
-        assert config == toy.Config() and config.width == width and options == experiment.Options()
+def test_a_signal_ends_compilation_at_once(tmp_path):
+    """train_s5.py, for it is the compiler that must not hold up signals; nothing is saved yet."""
+    run = started("train_s5.py", "--env", "CartPole-v1", "--out", str(tmp_path / "run"),
+                  JAX_ENABLE_COMPILATION_CACHE="0")
+    while "compiling" not in run.stdout.readline():
+        assert run.poll() is None
+    time.sleep(3)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(timeout=5) == 143
+    last = run.stderr.read().splitlines()[-1]
+    assert last.startswith("interrupted; go on with: python")
+    assert last.endswith(f"--resume {tmp_path / 'run'}")
+    assert not experiment.saved(tmp_path / "run")

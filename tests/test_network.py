@@ -84,8 +84,8 @@ def test_copied_files_train_elsewhere(copy, tmp_path):
     assert returns.shape == (len(lines), len(tasks)) and not (tmp_path / "runs").exists()
     if "--env" in copy.flags:
         assert (8 < returns).all() and (returns < 200).all()
-    if copy is COPIES["train_s5 on gymnax"]:  # with these two it makes a run folder, of the same returns
-        copied.take("experiment.py", "devices.py")
+    if copy is COPIES["train_s5 on gymnax"]:  # with these it makes a run folder, of the same returns
+        copied.take("experiment.py", "logs.py", "run_folder.py", "devices.py")
         copied.train("--no-evaluate", "--out", "run")
         with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
             again = np.array([float(row["return/CartPole-v1"] or "nan") for row in csv.DictReader(file)])
