@@ -15,8 +15,7 @@ Each layer has P states, of which one of each conjugate pair is stored (P/2 comp
 A reset at t replaces x_{t-1} by the initial state before u_t enters. Sources: Smith et al., "Simplified State
 Space Layers for Sequence Modeling" (arXiv 2208.04933) for S5; Lu et al., "Structured State Space Models for
 In-Context Reinforcement Learning" (arXiv 2303.03982) for resets. The implementation of Lu et al. has a second
-LayerNorm, after the SSM, by default (do_gtrxl_norm=True); without it the outputs are equal up to rounding.
-
+LayerNorm, after the SSM, by default (do_gtrxl_norm=True): outputs differ by 3 with it, by 1.5e-6 without it.
 The authors of S5 train decay, frequency, log_dt, B and the LayerNorm with a learning rate of their own, often
 lower, and without weight decay (optax.multi_transform). train_s5.py uses one rate and no weight decay.
 
@@ -40,7 +39,7 @@ MAX_LOG_DT = 10.0    # a step of 22,000 forgets everything; exp(log_dt) must not
 def reset_operator(left, right):
     """Combine two neighbouring stretches of x_t = a_t * (0 if c_t else x_{t-1}) + b_t (Lu et al., section 4).
 
-    This is the reference form, for tests and for reading. The layers use `linear_recurrence`, which is equal and
+    This is the reference form, which the tests use. The layers use `linear_recurrence`, which is equal and
     cheaper. An element (a, b, c) stands for the map x -> a x + b if c = 0 and x -> b if c = 1. a and b are arrays
     (..., P), real or complex; c (bool or 0/1, broadcastable to them) says that the stretch holds a reset.
 
@@ -78,15 +77,20 @@ def linear_recurrence(a, b, x0, reset, scan="auto", unroll=1):
 
 
 def _scan(parallel, unroll, a, b, x0, keep, reverse=False):
-    """The recurrence itself. Equal to a scan with `reset_operator`, but cheaper: a reset is a_t = 0."""
-    if parallel:
-        a, first = jnp.where(keep, a, 0), -1 if reverse else 0
-        b = b.at[first].add(a[first] * x0)
-        return lax.associative_scan(lambda i, j: (j[0] * i[0], j[0] * i[1] + j[1]), (a, b), reverse=reverse)[1]
+    """The recurrence itself. A reset, or reversed a cotangent of 0, selects: 0 times NaN would be NaN."""
+    def decay(keep, a, x):
+        return jnp.where(keep & (x != 0) if reverse else keep, a * x, 0)
+
+    if parallel:   # `reset_operator` without resets in the product of a, which is then small if a is constant
+        first = -1 if reverse else 0
+        a = jnp.broadcast_to(a, (len(b), *(1,) * (b.ndim - 2), *a.shape)) if a.ndim == 1 else a
+        b = b.at[first].add(decay(keep[first], a[first], x0))
+        return lax.associative_scan(lambda i, j: (j[0] * i[0], decay(j[2], j[0], i[1]) + j[1], j[2] & i[2]),
+                                    (a, b, keep), reverse=reverse)[1]
 
     def step(x, inputs):
         a_t, b_t, keep_t = inputs
-        x = (a if a_t is None else a_t) * jnp.where(keep_t, x, 0) + b_t
+        x = decay(keep_t, a if a_t is None else a_t, x) + b_t
         return x, x
     return lax.scan(step, x0, (None if a.ndim == 1 else a, b, keep), reverse=reverse, unroll=unroll)[1]
 
@@ -108,12 +112,12 @@ def _recurrence_bwd(parallel, unroll, saved, dx):
     """
     a, x0, keep, x = saved
     constant = a.ndim == 1
-    later = jnp.concatenate([keep[1:], jnp.zeros_like(keep[:1])])
     a_later = a if constant else jnp.roll(a, -1, 0)
-    g = _scan(parallel, unroll, a_later, dx, jnp.zeros_like(x0), later, reverse=True)
-    kept = jnp.where(keep, g, 0)
-    da = kept * jnp.concatenate([x0[None], x[:-1]])
-    return da.sum(range(da.ndim - 1)) if constant else da, g, (a if constant else a[0]) * kept[0], None
+    g = _scan(parallel, unroll, a_later, dx, jnp.zeros_like(x0), jnp.roll(keep, -1, 0), reverse=True)
+    used = keep & (g != 0)   # as in `_scan`
+    da = jnp.where(used, jnp.concatenate([x0[None], x[:-1]]) * g, 0)
+    dx0 = jnp.where(used[0], (a if constant else a[0]) * g[0], 0)
+    return da.sum(range(da.ndim - 1)) if constant else da, g, dx0, None
 
 
 _recurrence.defvjp(_recurrence_fwd, _recurrence_bwd)
@@ -150,10 +154,8 @@ def zoh(lam, step):
 
 
 def _matmul(x, w):
-    """x (..., M) @ w (M, N) in the dtype of w, the result in float32.
-
-    Flattened, because XLA on a CPU is half as fast at a weight gradient that contracts two axes (T, B).
-    """
+    """x (..., M) @ w (M, N) in the dtype of w, the result in float32."""
+    # flattened, because XLA on a CPU is half as fast at a weight gradient that contracts two axes (T, B)
     return (x.astype(w.dtype).reshape(-1, len(w)) @ w).astype(jnp.float32).reshape(*x.shape[:-1], -1)
 
 
@@ -274,9 +276,8 @@ class S5(nn.Module):
 
     @nn.nowrap
     def zero_state(self, batch_shape):
-        """A complex64 zero array (*batch_shape, P/2) per layer. With it, set the first reset to begin at `initial`."""
-        shape = (*batch_shape, self.state_size // 2)
-        return tuple(jnp.zeros(shape, jnp.complex64) for _ in range(self.layers))   # donatable: not shared
+        """Per layer a complex64 zero array (*batch_shape, P/2). A first step with a reset begins at `initial`."""
+        return tuple(jnp.zeros((*batch_shape, self.state_size // 2), jnp.complex64) for _ in range(self.layers))
 
     def __call__(self, state, x, reset=None, dt=None):
         """A sequence -> (state after it, y (T, ..., H) float32).
@@ -287,7 +288,11 @@ class S5(nn.Module):
         dt     (T, ...) or one number, >= 0: multiplies all step sizes of that step; None: 1
         """
         state, x, reset, dt = self._arguments(state, x, reset, dt, x.shape[1:-1])
-        return _through([partial(layer, reset=reset, dt=dt) for layer in self.stack], state, x)
+        new = []
+        for layer, old in zip(self.stack, state, strict=True):
+            last, x = layer(old, x, reset, dt)
+            new.append(last)
+        return tuple(new), x
 
     def discretise(self):
         """What `step` needs that depends on the parameters alone, a dict per layer. Once per rollout."""
@@ -296,8 +301,11 @@ class S5(nn.Module):
     def step(self, discrete, state, x, reset=None, dt=None):
         """One acting step, x (..., H), reset and dt (...): the same result as `__call__`."""
         state, x, reset, dt = self._arguments(state, x, reset, dt, x.shape[:-1])
-        layers = zip(self.stack, discrete, strict=True)
-        return _through([partial(layer.step, d, reset=reset, dt=dt) for layer, d in layers], state, x)
+        new = []
+        for layer, d, old in zip(self.stack, discrete, state, strict=True):
+            last, x = layer.step(d, old, x, reset, dt)
+            new.append(last)
+        return tuple(new), x
 
     def _arguments(self, state, x, reset, dt, batch_shape):
         """Arrays of the documented dtypes, also in place of None and of a number."""
@@ -309,11 +317,3 @@ class S5(nn.Module):
         state = tuple(jnp.asarray(s, jnp.complex64) for s in state)
         dt = None if dt is None else jnp.broadcast_to(jnp.asarray(dt, jnp.float32), steps)
         return state, jnp.asarray(x, jnp.float32), reset, dt
-
-
-def _through(layers, state, x):
-    new = []
-    for layer, layer_state in zip(layers, state, strict=True):
-        layer_state, x = layer(layer_state, x)
-        new.append(layer_state)
-    return tuple(new), x

@@ -1,5 +1,6 @@
 """The recurrence of s5.py: the operator, the scans, their gradients, HiPPO and the discretisation."""
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -105,7 +106,7 @@ def recurrence_case(resets, varying, seed=0):
 def numpy_recurrence(a, b, x0, reset):
     x, out = x0, []
     for t in range(len(b)):
-        x = (a if a.ndim == 1 else a[t]) * np.where(reset[t][..., None], 0, x) + b[t]
+        x = np.where(reset[t][..., None], 0, (a if a.ndim == 1 else a[t]) * x) + b[t]
         out.append(x)
     return np.stack(out)
 
@@ -142,6 +143,10 @@ def test_recurrence_on_random_resets_per_lane_and_real_numbers():
             close(got, real)
 
 
+def pairs_of(values):
+    return [jnp.stack([v.real, v.imag]) for v in values]              # real: no convention of conjugation
+
+
 @pytest.mark.parametrize("varying", [False, True])
 @pytest.mark.parametrize("scan", SCANS)
 def test_recurrence_gradients(scan, varying):
@@ -150,7 +155,7 @@ def test_recurrence_gradients(scan, varying):
         case = recurrence_case([0, 3, 4, 9], varying, seed=3)
         weights = jnp.asarray(complex_normal(np.random.default_rng(9), T, B, P))
         reset = jnp.asarray(case[3])
-        pairs = [jnp.stack([v.real, v.imag]) for v in case[:3]]        # real: no convention of conjugation
+        pairs = pairs_of(case[:3])
 
         def loss(recurrence, pairs):
             x = recurrence(*(jax.lax.complex(v[0], v[1]) for v in pairs), reset)
@@ -197,6 +202,82 @@ def test_recurrence_rejects_what_does_not_fit():
     for wrong in ((a[1:], b, x0, reset), (a, b, x0[1:], reset), (a, b, x0, reset[1:])):
         with pytest.raises(ValueError, match="shapes"):
             linear_recurrence(*wrong)
+
+
+# ---- What is not finite before a reset ---------------------------------------------------------------------
+
+@pytest.mark.parametrize("scan", SCANS)
+def test_a_reset_stops_nan_in_the_values_and_in_the_gradient(scan):
+    @jax.jit
+    @partial(jax.value_and_grad, argnums=(0, 1, 2))
+    def grad(a, b, x0, reset, first):
+        x = linear_recurrence(a, b, x0, reset, scan)
+        return jnp.where((jnp.arange(6) >= first)[:, None], x, 0).sum()
+
+    a, b, x0 = jnp.array([0.9]), jnp.ones((6, 1)), jnp.zeros(1)
+    value, gradient = grad(a, b.at[1].set(jnp.nan), x0, jnp.arange(6) == 3, 3)
+    np.testing.assert_allclose(value, 5.61, rtol=1e-6)                              # 1 + 1.9 + 2.71
+    np.testing.assert_allclose(np.concatenate(gradient, None), [3.8, 0, 0, 0, 2.71, 1.9, 1, 0], rtol=1e-6)
+    close(grad(a, b, x0 * jnp.nan, jnp.arange(6) == 0, 0), grad(a, b, x0, jnp.arange(6) == 0, 0), 1e-6)
+
+
+@pytest.mark.parametrize("varying", [False, True])
+@pytest.mark.parametrize("scan", SCANS)
+def test_only_what_depends_on_nan_is_nan(scan, varying):
+    """NaN and infinity anywhere in a, b and x0, in float64.
+
+    The values are those of a loop that selects. The gradient of what is finite is that of the same inputs
+    with ordinary numbers instead, since it does not depend on them.
+    """
+    def values(pairs, reset):
+        return linear_recurrence(*(jax.lax.complex(v[0], v[1]) for v in pairs), reset, scan)
+
+    def loss(recurrence, pairs, weights, reset):
+        x = recurrence(*(jax.lax.complex(v[0], v[1]) for v in pairs), reset)
+        return jnp.sum(jnp.where(weights != 0, x * weights, 0).real)
+
+    with jax.enable_x64(True):
+        forward = jax.jit(values)
+        ours = jax.jit(jax.grad(lambda *x: loss(partial(linear_recurrence, scan=scan), *x)))
+        plain = jax.jit(jax.grad(lambda *x: loss(operator_scan, *x)))
+        seen = []
+        for seed in range(30):
+            rng = np.random.default_rng(seed)
+            clean = recurrence_case([], varying, seed)[:3]
+            reset = rng.random((T, B)) < 0.25
+            bad = [(rng.random(v.shape) < chance) * (v.ndim > 1) for v, chance in zip(clean, (0.03, 0.05, 0.2))]
+            dirty = [np.where(m, rng.choice([np.nan, np.inf]), v) for m, v in zip(bad, clean)]
+            with np.errstate(invalid="ignore"):
+                expected = numpy_recurrence(*dirty, reset)
+            finite = np.isfinite(expected)
+            got = np.asarray(forward(pairs_of(dirty), reset))
+            np.testing.assert_array_equal(np.isfinite(got), finite)
+            np.testing.assert_allclose(got[finite], expected[finite], rtol=1e-10, atol=1e-10)
+            weights = np.where(finite, complex_normal(rng, T, B, P), 0)
+            close(ours(pairs_of(dirty), weights, reset), plain(pairs_of(clean), weights, reset), 1e-10)
+            seen.append((finite.mean(), sum(m.sum() for m in bad)))
+        assert 0.5 < np.mean(seen, 0)[0] < 0.95 and min(np.array(seen)[:, 1]) > 0
+
+
+@pytest.mark.parametrize("scan", SCANS)
+def test_a_reset_stops_nan_in_cotangents(scan):
+    """NaN in the gradient of a later state does not reach what stands before a reset."""
+    a, b, x0, _ = recurrence_case([], False)
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        reset, dx = rng.random((T, B)) < 0.3, complex_normal(rng, T, B, P)
+        dx[rng.random(dx.shape) < 0.1] = np.nan
+        later = np.roll(reset, -1, 0)[::-1]            # of the reversed recurrence, whose first state is 0
+        expected = numpy_recurrence(a, dx[::-1], 0 * x0, later)[::-1]
+        db = np.asarray(pull_back(jnp.asarray(b), jnp.asarray(dx), a, x0, reset, scan))
+        np.testing.assert_array_equal(np.isnan(db), np.isnan(expected))
+        np.testing.assert_allclose(db, expected, rtol=1e-4, atol=1e-4)
+        assert 0.1 < np.isnan(db).mean() < 0.9
+
+
+@partial(jax.jit, static_argnums=5)
+def pull_back(b, dx, a, x0, reset, scan):
+    return jax.vjp(lambda b: linear_recurrence(a, b, x0, reset, scan), b)[1](dx)[0]
 
 
 # ---- HiPPO and the discretisation --------------------------------------------------------------------------

@@ -123,6 +123,27 @@ def test_reset_forgets_and_nothing_else_does(scan):
     assert np.abs(changed[8:] - ours[8:]).max() > 1e-4
 
 
+@pytest.mark.parametrize("scan, initial", [("parallel", "zero"), ("sequential", "learned")])
+def test_nan_before_a_reset_is_gone_after_it(scan, initial):
+    """In the state before a sequence, in its inputs and in acting steps; a state that is dropped has no gradient."""
+    net, params, state, x, _ = make(layers=2, initial=initial, scan=scan)
+    reset = jnp.zeros((T, B), bool).at[0, 0].set(True).at[4].set(True)
+    bad_state = jax.tree.map(lambda s: s.at[0].set(jnp.nan), state)
+    bad_x = x.at[2, 1].set(jnp.nan)
+    last, y = run(net, params, state, x, reset)
+    for call in (run, run_steps):
+        got_last, got = call(net, params, bad_state, bad_x, reset)
+        assert np.isnan(got[2:4, 1]).all() and np.isfinite(np.delete(got, 1, 1)).all()
+        close((got_last, got[4:], got[:, [0, 2]]), (last, y[4:], y[:, [0, 2]]), 2e-5)
+
+    def loss(params, state):
+        return jnp.sum(jnp.sin(run(net, params, state, x, reset)[1]))
+
+    gradient = jax.jit(jax.grad(loss, (0, 1)))
+    dropped = jax.tree.map(lambda s: s.at[0].set(0), state)
+    close(gradient(params, bad_state), gradient(params, dropped))
+
+
 def test_gradients_agree_between_scans_steps_and_differences():
     net, params, state, x, reset = make(initial="learned")
     dt = jax.random.uniform(jax.random.key(8), (T, B), minval=0.5, maxval=2.0)
