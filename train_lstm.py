@@ -56,7 +56,7 @@ class Memory(nn.Module):
 
     @nn.nowrap
     def zero_state(self, batch_shape):
-        zeros = jnp.zeros((*batch_shape, hidden_size(self.config)))
+        zeros = jnp.zeros((*batch_shape, hidden_size(self.config)), jnp.float32)
         return ((zeros, zeros) if self.config.cell == "lstm" else zeros,) * self.config.layers
 
     def step(self, hidden, x, reset):
@@ -198,7 +198,7 @@ class Moments(NamedTuple):
 
 
 def no_moments(shape):
-    return Moments(jnp.float32(1e-4), jnp.zeros(shape), jnp.ones(shape))
+    return Moments(jnp.float32(1e-4), jnp.zeros(shape, jnp.float32), jnp.ones(shape, jnp.float32))
 
 
 def moments_of(x, axes, pmean):
@@ -344,7 +344,7 @@ def gae(reward, value, last_value, terminated, trial_end, gamma, lam) -> jax.Arr
     next_value = jnp.concatenate([value[1:], last_value[None]])
     next_value = jnp.where(trial_end, jnp.where(terminated, 0.0, value), next_value)
     delta = reward + gamma * next_value - value
-    decay = gamma * lam * (1.0 - trial_end)
+    decay = jnp.where(trial_end, 0.0, gamma * lam)
 
     def backward(advantage, x):
         advantage = x[0] + x[1] * advantage
@@ -365,7 +365,7 @@ def scale_rewards(reward, trial_end, returns, scale, gamma, pmean) -> tuple[Any,
     def accumulate(total, x):
         reward, trial_end, gamma = x
         total = jnp.clip(total * gamma + reward, -1e12, 1e12)  # its square must be finite
-        return total * (1.0 - trial_end), total
+        return jnp.where(trial_end, 0.0, total), total
 
     steps = reward, trial_end, jnp.broadcast_to(gamma, reward.shape)
     returns, history = jax.lax.scan(accumulate, returns, steps, unroll=8)
@@ -453,8 +453,8 @@ def make_train(config: Config, make_memory: Callable = make_memory, axis: str | 
         params = network.init(net_key, norm, hidden, sequence, reset[None])
         values = {name: jnp.float32(getattr(config, name)) for name in config.SWEEPABLE}
         return RunnerState(
-            params, norm, optimiser.init(params), env_state, observation, hidden, reset, jnp.zeros(N),
-            no_moments((tasks,)), values | (hyper or {}), key, jnp.int32(0))
+            params, norm, optimiser.init(params), env_state, observation, hidden, reset,
+            jnp.zeros(N, jnp.float32), no_moments((tasks,)), values | (hyper or {}), key, jnp.int32(0))
 
     def collect(runner):
         """(runner, Rollout, value (N,) after it)."""
@@ -521,12 +521,14 @@ def make_train(config: Config, make_memory: Callable = make_memory, axis: str | 
                 advantage + rollout.value)
         shards = jax.lax.axis_size(axis) if axis else 1
         whole = dataclasses.replace(config, num_envs=N * shards)
-        left = 1.0 - runner.num_updates / whole.num_updates
+        left = 1.0 - runner.num_updates.astype(jnp.float32) / whole.num_updates
         annealed = hyper | {"lr": hyper["lr"] * (left if "lr" in config.anneal else 1.0),
                             "ent_coef": hyper["ent_coef"] * (left if "entropy" in config.anneal else 1.0)}
         key, learn_key = jax.random.split(runner.key)
         params, opt_state, metrics = learn(
             runner.params, runner.opt_state, norm, hidden, data, annealed, learn_key)
+        error_var, var = (moments_of(x, (0, 1), pmean)[1] for x in (advantage, data[2]))
+        metrics |= {"lr": annealed["lr"], "explained_variance": 1.0 - error_var / (var + 1e-8)}
         # statistics change between iterations only: an update uses the inputs that were acted on
         norm = jax.tree.map(
             lambda old, x: old.merge(shards * x.shape[0] * N, *moments_of(x, (0, 1), pmean)),

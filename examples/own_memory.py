@@ -25,7 +25,7 @@ class LinearAttention(nn.Module):
 
     @nn.nowrap
     def zero_state(self, batch_shape):
-        return jnp.zeros((*batch_shape, self.heads * self.head_size**2))
+        return jnp.zeros((*batch_shape, self.heads * self.head_size**2), jnp.float32)
 
     def step(self, hidden, x, reset):
         """One step: x (B, features), reset (B,) -> hidden state, output (B, features)."""

@@ -170,7 +170,7 @@ class Memory(nn.Module):
     def zero_state(self, batch_shape):
         config = self.config
         count = jnp.zeros(batch_shape, jnp.int32)
-        zeros = jnp.zeros((*batch_shape, config.heads, config.window, config.head_size))
+        zeros = jnp.zeros((*batch_shape, config.heads, config.window, config.head_size), jnp.float32)
         return (Cache(zeros, zeros, count, count),) * config.layers
 
     def step(self, hidden, x, reset):

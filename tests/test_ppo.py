@@ -366,3 +366,39 @@ def test_learns(task):
                              lr=3e-3, **changes)
     returns = jax.jit(train_s5.make_train(config))(jax.random.PRNGKey(0))["metrics"]["return"]
     assert np.nanmean(returns[-5:]) > least
+
+
+# ---- Unusual numbers -----------------------------------------------------------------------------
+def scaled(reward, deviation):
+    """Rewards (T, 1) after scaling by a task's running deviation, which has settled."""
+    no, steps = jnp.zeros(reward.shape, bool), jnp.float32(1e6)
+    scale = train_s5.Moments(steps, jnp.zeros(1), jnp.full(1, deviation**2))
+    return train_s5.scale_rewards(reward, no, jnp.zeros(1), scale, 0.9, lambda x: x)
+
+
+@pytest.mark.parametrize("size", [1.0, -1.0, 1e6, 1e20, -1e30])
+def test_a_reward_after_long_zeros_is_bounded(size):
+    """It counts, with its sign, and neither drowns everything else nor becomes zero."""
+    reward = jnp.zeros((8, 1)).at[5].set(size)
+    found, returns, scale = scaled(reward, 0.0)
+    assert 1 < np.sign(size) * found[5, 0] <= 10
+    assert np.isfinite(returns).all() and all(np.isfinite(x).all() for x in scale)
+    np.testing.assert_array_equal(found[:5], 0.0)
+
+
+def test_ordinary_rewards_are_only_scaled():
+    reward = jnp.asarray(np.random.default_rng(0).normal(size=(16, 1)), jnp.float32)
+    found, _, scale = scaled(reward, 2.0)
+    np.testing.assert_allclose(found, reward / jnp.sqrt(scale.var), rtol=1e-5)
+
+
+@pytest.mark.parametrize("trainer,changes", [
+    (train_s5, {}), (train_s5, dict(action_repeat=(1, 2))), (train_lstm, {}), (train_lstm, dict(cell="gru")),
+    (train_s5, dict(env=("pendulum-swingup",), vector_memory=True))])
+def test_an_update_keeps_its_types_where_float64_is_enabled(trainer, changes):
+    """Runners before and after an update have equal dtypes, as a scan over updates requires."""
+    with jax.enable_x64(True):
+        train = trainer.make_train(small(trainer, **changes))
+        before = jax.eval_shape(train.init, jax.ShapeDtypeStruct((2,), np.uint32))
+        after, _ = jax.eval_shape(train.update, before)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), before) == jax.tree.map(lambda x: (x.shape, x.dtype), after)
