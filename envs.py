@@ -291,6 +291,7 @@ class Transition(NamedTuple):
     diverged: jax.Array  # (N,) bool, a number was not finite, or too large, in the step or at its start
     episode_return: jax.Array  # (N,) float32, sum of the raw rewards of this episode so far
     whole_episode: jax.Array  # (N,) bool, the return counts from the episode's true start
+    episode_step: Any = None  # (N,) int32, environment steps of this episode so far
     dt: Any = None  # (N,) float32, duration of the step; None where all steps last equally
 
     @property
@@ -538,8 +539,8 @@ class Trials:
 
         Returns:
           dict: "return" (tasks,), mean return of the whole episodes that ended, NaN if there were none
-          (-inf under JAX_DEBUG_NANS, which stops at a NaN); "reward" (tasks,), mean per environment
-          step; "diverged" (), number of steps.
+          (-inf under JAX_DEBUG_NANS, which stops at a NaN); "length" (tasks,), their mean number of
+          environment steps; "reward" (tasks,), mean per environment step; "diverged" (), number of steps.
         """
         total = partial(jax.lax.psum, axis_name=self.axis) if self.axis else lambda x: x
 
@@ -548,11 +549,14 @@ class Trials:
 
         whole = transition.episode_end & transition.whole_episode
         episodes = by_task(whole)
-        mean = by_task(whole * transition.episode_return) / jnp.maximum(episodes, 1)
+        nothing = -jnp.inf if jax.config.jax_debug_nans else jnp.nan
+
+        def mean(x):  # over the whole episodes that ended
+            return jnp.where(episodes > 0, by_task(whole * x) / jnp.maximum(episodes, 1), nothing)
+
         dt = jnp.ones_like(transition.reward) if transition.dt is None else transition.dt
         steps = self.time_unit * by_task(dt)
-        nothing = -jnp.inf if jax.config.jax_debug_nans else jnp.nan
-        return {"return": jnp.where(episodes > 0, mean, nothing),
+        return {"return": mean(transition.episode_return), "length": mean(transition.episode_step),
                 "reward": by_task(transition.reward) / steps,
                 "diverged": total(transition.diverged.sum())}
 
@@ -612,7 +616,7 @@ class Trials:
         trial_end = end & (episode >= self.episodes_per_trial)
         episode_return = counters.episode_return + reward
         transition = Transition(reward, terminated, truncated, trial_end, diverged, episode_return,
-                                counters.whole_episode, self._duration(lasted))
+                                counters.whole_episode, step, self._duration(lasted))
         return transition, counters._replace(
             episode_step=jnp.where(end, 0, step),
             episode=jnp.where(trial_end, 0, episode),
@@ -642,7 +646,7 @@ class Trials:
         action = jnp.zeros((N, self.action_width), jnp.float32)
         num_features = self.sysid.num_features(self.action_width) if self.sysid else 0
         features = jnp.zeros((N, num_features), jnp.float32)
-        over = Transition(zero, no, yes, yes, no, zero, no, self._duration(zero))
+        over = Transition(zero, no, yes, yes, no, zero, no, dt=self._duration(zero))
         return self.restart(state, start.obs, action, features, over)
 
     def restart(self, state, obs, action, features, transition):

@@ -72,15 +72,17 @@ class Reference:
         return trials.low + (trials.high - trials.low) * (control + 1) / 2, value
 
     def advance(self, control):
-        """Reward, terminated and truncated (N,), after as many steps as the action is repeated."""
+        """Reward, terminated, truncated and steps taken (N,), after the repeats of an action."""
         trials, results = self.trials, []
         for i, block in enumerate(np.split(control, len(trials.tasks))):
             state, params = self.env[i], trials.params[i]
             block = block if trials.discrete else block[:, :trials.act_dims[i]]
             obs = np.split(self.obs, len(trials.tasks))[i]
             reward, terminated, truncated = np.zeros(len(block)), *np.zeros((2, len(block)), bool)
+            lasted = np.zeros(len(block), int)
             for k in range(int(trials.mean_repeat)):
                 live = ~(terminated | truncated)
+                lasted += live
                 self.early_ends += 0 if k == 0 else (~live).sum()
                 raw, new, pay, over, _ = self.raw_step[i](state, block)
                 state = where(live, new, state)
@@ -89,7 +91,7 @@ class Reference:
                 terminated = np.where(live, over, terminated)
                 truncated = np.where(live, np.array(new.time) >= params.max_steps_in_episode, truncated)
             self.env = (*self.env[:i], state, *self.env[i + 1:])
-            results.append((obs, reward, terminated, truncated))
+            results.append((obs, reward, terminated, truncated, lasted))
         self.obs, *outcome = map(np.concatenate, zip(*results))
         return outcome
 
@@ -97,14 +99,15 @@ class Reference:
         """Expected (Observation, Transition)."""
         trials, whole = self.trials, np.ones(self.N, bool)
         control, value = self.control(action)
-        reward, terminated, truncated = self.advance(control)
-        truncated = (truncated | (self.episode_step + trials.mean_repeat >= trials.limits)) & ~terminated
+        reward, terminated, truncated, lasted = self.advance(control)
+        step = self.episode_step + lasted
+        truncated = (truncated | (step >= trials.limits)) & ~terminated
         end = terminated | truncated
         trial_end = end & (self.episode + 1 >= trials.episodes_per_trial)
         self.episode_return += reward
         transition = envs.Transition(reward, terminated, truncated, trial_end, ~whole,
-                                     self.episode_return.copy(), whole)
-        self.episode_step = np.where(end, 0, self.episode_step + trials.mean_repeat)
+                                     self.episode_return.copy(), whole, step)
+        self.episode_step = np.where(end, 0, step)
         self.episode = np.where(trial_end, 0, self.episode + end)
         self.episode_return[end] = 0
         arrays = (np.float32(x) for x in (value, reward, self.linear()))
@@ -168,10 +171,11 @@ def test_a_step_equals_the_numpy_reference(case):
     for t in range(case.steps):
         spare = jax.tree.map(lambda x: x[t], out.spare)
         observation, transition = reference.step(out.action[t], spare)
-        for name, expected in transition._asdict().items():
+        assert out.transition.dt is None and out.after.dt is None
+        for name, expected in zip(transition._fields[:-1], transition):  # without dt
             np.testing.assert_allclose(getattr(out.transition, name)[t], expected, rtol=1e-5, atol=1e-5,
                                        err_msg=f"{name} in step {t}")
-        for name, expected in observation._asdict().items():
+        for name, expected in zip(observation._fields[:-1], observation):  # without dt
             found = getattr(out.after, name)[t]
             assert found.dtype == np.float32 and found.shape == expected.shape
             # float32 solves with condition numbers up to 1e4
@@ -361,7 +365,7 @@ def test_training_tasks_under_seeds_and_scan():
     assert branches >= 2, "a branch became a select: its cost would be paid in every step"
     state, (observation, transition) = traced.lower().compile()(seeds)
     assert observation.projected.shape == (2, 24, 12, 12)
-    assert all(np.isfinite(x).all() for x in observation)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(observation))
     assert len(state.env) == 6 and state.env[2].qpos.shape == (2, 2, 3)
     np.testing.assert_array_equal(transition.episode_end.sum(1), 2)
     first, second = np.array(observation.projected)
@@ -434,11 +438,14 @@ def test_the_summary_counts_whole_episodes_by_task():
     end[:, 4:] = False
     reward, total = rng.normal(size=(2, *shape))
     no = np.zeros(shape, bool)
-    transition = envs.Transition(reward, no, end, no, diverged, total, whole)
+    steps = rng.integers(1, 500, shape)
+    transition = envs.Transition(reward, no, end, no, diverged, total, whole, steps)
     found = trials.summary(jax.tree.map(jnp.asarray, transition))
     for i in range(3):
         task = np.s_[:, 2 * i:2 * i + 2]
-        mean = total[task][end[task] & whole[task]].mean() if i < 2 else np.nan
-        np.testing.assert_allclose(found["return"][i], mean, rtol=1e-5)
+        over = end[task] & whole[task]
+        for name, x in (("return", total), ("length", steps)):
+            mean = x[task][over].mean() if i < 2 else np.nan
+            np.testing.assert_allclose(found[name][i], mean, rtol=1e-5)
         np.testing.assert_allclose(found["reward"][i], reward[task].mean() / 2, rtol=1e-5)
     assert found["diverged"] == diverged.sum()
