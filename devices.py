@@ -31,7 +31,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 def start(patience: float = 60.0) -> None:
     """Makes each core of a CPU a device and joins the other processes. Call it before JAX is used.
 
-    ValueError: invalid variables, or no answer from the coordinator for `patience` seconds.
+    ValueError: invalid variables, no device, or no answer from the coordinator for `patience` s.
     """
     if jax.config.jax_num_cpu_devices < 0 and "device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # JAX is in use: its devices stay as they are
@@ -44,6 +44,11 @@ def start(patience: float = 60.0) -> None:
         # the others end after so many seconds without the heartbeat of one that is gone
         jax.distributed.initialize(
             coordinator, num_processes, process_id, heartbeat_timeout_seconds=30)
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError):
+        kinds = os.environ.get("JAX_PLATFORMS", "")
+        raise ValueError(f"JAX finds no device with JAX_PLATFORMS={kinds!r}") from None
 
 
 def read_processes(variables: Mapping[str, str]) -> tuple[str, int, int]:
@@ -179,7 +184,9 @@ def make_program(make_train: Callable, config: Any, mesh: Mesh, num_agents: int)
     train = make_train(local, axis="envs" if shards > 1 else None)
     keys = jax.ShapeDtypeStruct((num_agents, 2), np.uint32)
     whole = jax.eval_shape(jax.vmap(make_train(config).init), keys)
-    share = jax.eval_shape(make_train(local).init, jax.ShapeDtypeStruct((2,), np.uint32))
+    share = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), whole)
+    if shards > 1:
+        share = jax.eval_shape(make_train(local).init, jax.ShapeDtypeStruct((2,), np.uint32))
     agents = PartitionSpec("agents")
     specs = jax.tree.map(lambda x, part: PartitionSpec("agents", *(
         "envs" if n != m else None for n, m in zip(x.shape[1:], part.shape))), whole, share)

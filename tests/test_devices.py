@@ -180,28 +180,31 @@ def test_a_run_is_resumed_on_as_many_devices(runs):
     assert "\n" not in str(error.value)
 
 
+def start_two(*flags, delay="", second=()):
+    """Two processes that train the toy together, the second with more flags."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    env = os.environ | QUICKLY | {
+        "JAX_NUM_CPU_DEVICES": "1", "TOY_DELAY": delay, "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_NUM_PROCESSES": "2"}
+    return [subprocess.Popen([sys.executable, str(ROOT / "tests/toy.py"), *flags, *more],
+                             env=env | {"JAX_PROCESS_ID": str(i)}, stdout=subprocess.DEVNULL,
+                             stderr=subprocess.PIPE, text=True)
+            for i, more in enumerate([(), second])]
+
+
 def test_two_processes_survive_kills(runs, tmp_path):
     """SIGKILL of both, then of either, after which the other ends by itself. --resume goes on.
 
     In the end metrics.csv has the bytes that one process on two devices writes. Four times two
     processes have to start, and the one that is left notices after a while: 30 s.
     """
-    def start(*flags, delay=""):
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            address = f"localhost:{free.getsockname()[1]}"
-        env = os.environ | QUICKLY | {
-            "JAX_NUM_CPU_DEVICES": "1", "TOY_DELAY": delay, "JAX_COORDINATOR_ADDRESS": address,
-            "JAX_NUM_PROCESSES": "2"}
-        return [subprocess.Popen([sys.executable, str(ROOT / "tests/toy.py"), *flags],
-                                 env=env | {"JAX_PROCESS_ID": str(i)}, stdout=subprocess.DEVNULL,
-                                 stderr=subprocess.PIPE, text=True) for i in range(2)]
-
     folder = tmp_path / "killed"
     flags = ["--out", str(folder), "--checkpoint-minutes", "0", "--no-evaluate"]
     for victims in ((0, 1), (1,), (0,)):
         before = set(folder.glob("checkpoints/*.npz"))
-        pair = start(*flags, delay="0.5")
+        pair = start_two(*flags, delay="0.5")
         while pair[0].poll() is None and not set(folder.glob("checkpoints/*.npz")) - before:
             time.sleep(0.01)
         for i in victims:
@@ -210,8 +213,44 @@ def test_two_processes_survive_kills(runs, tmp_path):
             code = process.wait(timeout=60)
             assert code == -signal.SIGKILL if i in victims else code != 0, process.stderr.read()
         flags = ["--resume", str(folder)]
-    for process in start(*flags):
+    for process in start_two(*flags):
         assert process.wait() == 0, process.stderr.read()
     assert (folder / "metrics.csv").read_bytes() == (runs / "toy-2x1/metrics.csv").read_bytes()
     with (folder / "timing.csv").open() as file:
         assert [row["update"] for row in csv.DictReader(file)] == ["2", "4", "6", "8", "10"]
+
+
+def test_two_processes_are_refused_and_interrupted_together(tmp_path):
+    """Other flags on the second are refused by both. SIGTERM of the second saves and ends both.
+
+    Three times two processes have to start, the last because nothing may be left in the way: 15 s.
+    """
+    folder = tmp_path / "run"
+    flags = ["--out", str(folder), "--no-evaluate"]
+    for process in start_two(*flags, second=["--lr", "0.2"]):
+        error = process.communicate(timeout=100)[1]
+        assert process.returncode == 2 and "started with different flags" in error
+    assert not folder.exists()
+    pair = start_two(*flags, delay="0.5")
+    rows = folder / "metrics.csv"
+    while pair[0].poll() is None and not (rows.exists() and rows.stat().st_size):
+        time.sleep(0.01)
+    pair[1].send_signal(signal.SIGTERM)
+    errors = [process.communicate(timeout=60)[1] for process in pair]
+    assert [process.returncode for process in pair] == [143, 143], errors
+    assert f"saved; go on with: python {ROOT / 'tests/toy.py'} --resume {folder}" in errors[0]
+    update = int(experiment.saved(folder)[0].stem)
+    assert 0 < update < 10 and len(experiment.read_metrics(folder)) == update
+    for process in start_two("--resume", str(folder)):
+        assert process.communicate(timeout=100) and process.returncode == 0
+    assert len(experiment.read_metrics(folder)) == 10
+
+
+def test_a_kind_of_device_that_is_not_here_is_one_sentence():
+    """JAX_PLATFORMS is read when JAX starts, hence the processes."""
+    for kind in ("tpu", "nothing"):
+        done = subprocess.run([sys.executable, str(ROOT / "tests/toy.py")], text=True,
+                              capture_output=True, env=os.environ | {"JAX_PLATFORMS": kind})
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert done.stderr.splitlines()[-1] == (
+            f"error: JAX finds no device with JAX_PLATFORMS='{kind}'")
