@@ -74,7 +74,7 @@ def start(o: jax.Array, action_size: int) -> State:
     k = n + 2 * m + 1
 
     def zeros(*shape):
-        return jnp.zeros((N, *shape), jnp.float32)
+        return jnp.zeros((N, *shape), o.dtype)
 
     model = Model(zeros(1), zeros(1), zeros(n), zeros(n + 1, n), zeros(3 * m, n), zeros(k), zeros(2, n, n))
     return State(zeros(k, k), zeros(k, 2 * n + 1), zeros(n, n), zeros(n), zeros(1), zeros(1), o, zeros(n), zeros(m),
@@ -91,6 +91,7 @@ def update(state: State, action: jax.Array, reward: jax.Array, o: jax.Array, dt:
       o: (N, n) float32, the observation after it.
       dt: (N,) float32, how long the action lasted, where that varies: changes and rewards are then per time.
     """
+    action, reward, o = (x.astype(state.o.dtype) for x in (action, reward, o))
     change, reward = o - state.o, reward[:, None]
     if dt is not None:
         change, reward = change / dt[:, None], reward / dt[:, None]
@@ -111,19 +112,19 @@ def fit(state: State) -> State:
     # in units of root mean squares, so that neither the ridge nor the features depend on the scale of o
     unit = jnp.sqrt(jnp.trace(keys[:, :n, :n], axis1=1, axis2=2)[:, None] / n + 1e-12)
     change_unit = jnp.sqrt(jnp.trace(changes, axis1=1, axis2=2)[:, None] / n + 1e-12)
-    key_units = jnp.concatenate([jnp.repeat(unit, n, 1), jnp.ones((len(unit), k - n), jnp.float32)], 1)
+    key_units = jnp.concatenate([jnp.repeat(unit, n, 1), jnp.ones((len(unit), k - n), unit.dtype)], 1)
     target_units = jnp.concatenate([jnp.repeat(change_unit, 2 * n, 1), jnp.ones_like(unit)], 1)
     keys, targets = keys / outer(key_units, key_units), targets / outer(key_units, target_units)
     changes = changes / outer(change_unit, change_unit)
 
     ridge = RIDGE + 1.0 / steps
-    weights = solve(keys + 0.3 * ridge * jnp.eye(k, dtype=jnp.float32), targets)  # (N, k, 2 n + 1)
+    weights = solve(keys + 0.3 * ridge * jnp.eye(k, dtype=unit.dtype), targets)  # (N, k, 2 n + 1)
     A, B, c = weights[:, :n, :n], weights[:, n:n + m, :n], weights[:, -1:, :n]
     bend = weights[:, n:n + m, n:-1] + weights[:, n + m:n + 2 * m, n:-1]
     bend = bend * jax.lax.rsqrt((bend**2).sum((1, 2), keepdims=True) + 1e-8)  # small against changes: only directions
     effects = jnp.concatenate([B, matmul(B * (change_unit / unit)[..., None], A), bend], 1)
-    moments = jnp.stack([changes, keys[:, :n, :n]], 1) + 3 * ridge[:, None] * jnp.eye(n, dtype=jnp.float32)
-    metrics = solve(moments, jnp.broadcast_to(jnp.eye(n, dtype=jnp.float32), moments.shape))
+    moments = jnp.stack([changes, keys[:, :n, :n]], 1) + 3 * ridge[:, None] * jnp.eye(n, dtype=unit.dtype)
+    metrics = solve(moments, jnp.broadcast_to(jnp.eye(n, dtype=unit.dtype), moments.shape))
     return state._replace(model=Model(unit, change_unit, keys[:, :n, -1], jnp.concatenate([A, c], 1), effects,
                                       weights[..., -1], metrics))
 

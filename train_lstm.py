@@ -4,7 +4,7 @@
     python train_lstm.py --cell gru                           # a GRU instead
 
 The same file as train_s5.py outside the section "Memory": an LSTM or GRU with as many parameters. It needs
-the same files beside it, but for s5.py.
+the same files beside it; s5.py only for vector_s5.py.
 """
 
 import dataclasses

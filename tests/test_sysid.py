@@ -37,6 +37,14 @@ def follow(o, actions, rewards):
     return jax.lax.scan(step, sysid.start(o[0], ACTIONS), (actions, rewards, o[1:]))
 
 
+def test_dtypes_stay_float32_when_float64_is_enabled():
+    """Inside a scan, whose carry must not change its dtypes."""
+    o, actions, rewards, _ = simulate(steps=3)
+    with jax.enable_x64(True):
+        state, found = jax.eval_shape(follow.__wrapped__, o, actions, rewards)
+    assert {x.dtype for x in jax.tree.leaves((state, found))} == {jnp.dtype(jnp.float32)}
+
+
 def test_sums_are_those_of_the_definition():
     o, actions, rewards, _ = simulate()
     state, _ = follow(o, actions, rewards)

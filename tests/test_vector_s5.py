@@ -14,7 +14,6 @@ def apply(net, params, *inputs):
     return jax.jit(net.apply)(params, *inputs)
 
 
-
 @pytest.fixture(scope="module")
 def case():
     net = VectorS5(features=16, scalars=S, vectors=V, size=n, actions=2)
@@ -57,7 +56,7 @@ def test_sequence_in_two_parts(case):
 
 def test_parallel(case):
     net, params, *x = case
-    y = [apply(net.clone(parallel=parallel), params, *x)[1] for parallel in (False, True)]
+    y = [apply(net.clone(scan=scan), params, *x)[1] for scan in ("sequential", "parallel")]
     close(*y)
 
 
@@ -68,6 +67,36 @@ def test_reset_cuts_the_past(case):
     fresh = apply(net, params, state, s[16:], v[16:], reset[16:])[1]
     close(y[16:], fresh)
     assert abs(apply(net, params, state, s, v, jnp.zeros_like(reset))[1][16:] - fresh).max() > 0.1
+
+
+@pytest.mark.parametrize("scan", ["sequential", "parallel"])
+def test_nan_before_a_reset_is_gone_after_it(case, scan):
+    """In the state before a sequence and in its inputs; environments do not touch each other."""
+    net, params, state, s, v, reset = case
+    reset = jnp.zeros_like(reset).at[0].set(True).at[10, 0].set(True)
+    dirty = jax.tree.map(lambda x: x.at[1].set(jnp.nan) if x.dtype == jnp.float32 else x, state)
+    net = net.clone(scan=scan)
+    end, y = apply(net, params, state, s, v, reset)
+    dirty_end, got = apply(net, params, dirty, s.at[4, 0].set(jnp.nan), v.at[7, 0, 1].set(jnp.inf), reset)
+    assert not (np.isfinite(got[8, 0]) & (got[8, 0] != 0)).any()
+    assert np.isfinite(got[10:]).all() and np.isfinite(got[:, 1:]).all()
+    close(got[10:], y[10:])
+    close(got[:, 1:], y[:, 1:])
+    close(dirty_end, end)
+
+
+def test_float64_inputs_of_x64_change_no_dtype(case):
+    """A step inside lax.scan keeps the dtypes of `zero_state`."""
+    net, _, _, s, v, reset = case
+    with jax.enable_x64(True):
+        s, v = (jnp.asarray(x[:2], jnp.float64) for x in (s, v))
+        state = net.zero_state((N,))
+        params = jax.jit(net.init)(jax.random.PRNGKey(0), state, s, v, reset[:2])
+        end, y = jax.eval_shape(lambda p: jax.lax.scan(
+            lambda state, x: net.apply(p, state, *x, method="step"), state, (s, v, reset[:2])), params)
+        again = jax.eval_shape(net.apply, params, state, s, v, reset[:2])
+    assert {x.dtype for x in jax.tree.leaves((params, y, again[1]))} == {jnp.dtype(jnp.float32)}
+    assert jax.tree.map(lambda x: x.dtype, end) == jax.tree.map(lambda x: x.dtype, again[0])
 
 
 def test_rotation_and_unit_change_nothing(case):
