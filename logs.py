@@ -112,13 +112,14 @@ def metric_rows(config: Any, options: Options, update: int, metrics: dict) -> li
             range(config.log_every), enumerate(agents_of(config, options))):
         number = update + i + 1
         row = {"update": number, "steps": number * config.steps_per_update, "seed": seed}
-        rows.append(row | setting | {name: float(x[agent, i]) for name, x in columns.items()})
+        found = {name: float(x[agent, i]) for name, x in columns.items()}
+        rows.append(row | setting | found | setting)  # a swept name, such as lr, is the setting
     return rows
 
 
 def scalars_of(columns: dict[str, np.ndarray]) -> dict[str, float]:
     """Returns {tag: mean} of one agent's columns (updates,), without bins and NaN."""
-    means = {f"{'charts' if '/' in name else 'losses'}/{name}": float(nanmean(x))
+    means = {f"{'charts' if '/' in name or name == 'lr' else 'losses'}/{name}": float(nanmean(x))
              for name, x in columns.items() if name.count("/") < 2}
     return {tag: x for tag, x in means.items() if not math.isnan(x)}
 
@@ -298,6 +299,6 @@ def plot_sweep(this: Run, labels: list[str], scores: np.ndarray, low: Any, high:
     axis.set_yticks(place, labels)
     axis.invert_yaxis()
     axis.set(title=f"best of {len(labels)} settings, chosen on the same returns",
-             xlabel="return over the last tenth of training: every seed, their mean, and its 95 % t "
+             xlabel="return over the last tenth of training: every seed, the mean, and its 95 % t "
                     "interval,\ncut at the returns of the run")
     figure.savefig(this.folder / "sweep.png")

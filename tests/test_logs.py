@@ -93,6 +93,18 @@ def test_one_seed_of_a_setting_that_fails_puts_it_last(whole):
     assert float(first["high"]) == pytest.approx(2 + 2.484, abs=1e-3)
 
 
+def test_a_swept_name_in_metrics_csv_is_the_setting():
+    """Trainers also have a metric lr, the annealed step size."""
+    options = experiment.Options(sweep=("lr=0.1,0.2",))
+    metrics = {"lr": np.array([[0.01, 0.02], [0.03, 0.04]]), "loss": np.zeros((2, 2))}
+    config = toy.Config()
+    swept = logs.metric_rows(config, options, 0, metrics)
+    assert [row["lr"] for row in swept] == [0.1, 0.2, 0.1, 0.2]
+    alone = logs.metric_rows(config, experiment.Options(), 0, metrics)
+    assert [row["lr"] for row in alone] == [0.01, 0.02]
+    assert logs.scalars_of({"lr": metrics["lr"][0]}) == {"charts/lr": 0.015}
+
+
 def test_divergence_is_said_once(tmp_path, monkeypatch, capsys, no_figures):
     """However often environments diverge; and not at all where none does."""
     def add(self, update, metrics, seconds, original=logs.Logs.add):
