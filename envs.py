@@ -69,7 +69,7 @@ def parse_kwargs(texts: tuple[str, ...]) -> dict[str, Any]:
     return kwargs
 
 
-def make(name: Any, **kwargs: Any) -> tuple[Any, Any]:
+def make(name: Any, /, **kwargs: Any) -> tuple[Any, Any]:
     """The environment called `name` and its parameters, as gymnax.make.
 
     Args:
@@ -90,7 +90,10 @@ def make(name: Any, **kwargs: Any) -> tuple[Any, Any]:
     arguments = inspect.signature(build).parameters.values()
     open_ended = any(argument.kind is argument.VAR_KEYWORD for argument in arguments)
     defaults = {argument.name: argument.default for argument in arguments}
-    env = build(**_typed(kwargs, defaults))
+    try:
+        env = build(**_typed(kwargs, defaults))
+    except ImportError as error:
+        raise ValueError(f"{name!r} needs a package that is not installed: {error}") from None
     missing = [x for x in ("default_params", "reset_env", "step_env") if not hasattr(env, x)]
     if missing:
         raise ValueError(f"{name!r} is not a gymnax-style environment: no {', '.join(missing)}")

@@ -1,11 +1,16 @@
-"""What the benchmarks share: paths, clock, table, figure. Importing it turns the compilation cache off."""
+"""What the benchmarks share: command line, clock, table, figure.
 
+Importing this file turns the compilation cache off.
+"""
+
+import argparse
 import csv
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, NamedTuple, Sequence
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
@@ -19,6 +24,61 @@ import experiment  # noqa: E402
 jax.config.update("jax_compilation_cache_dir", None)  # else compile times are those of an earlier run
 
 
+# ---- Command line --------------------------------------------------------------------------------
+def run_main(main: Callable) -> None:
+    """Calls main(). What a user can mend is one sentence and exit status 2; a bug is a traceback."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        sentence = mendable(error)
+        if not sentence:
+            raise
+        print(f"error: {sentence}", file=sys.stderr)
+        sys.exit(2)
+
+
+def mendable(error: Exception) -> str:
+    """Returns a sentence for the user, or "" if the error is a bug."""
+    text = str(error)
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower():
+        return "out of memory; choose smaller sizes"
+    if isinstance(error, ImportError):
+        return f"{text}; the packages are listed in requirements.txt"
+    if isinstance(error, (ValueError, OSError)) or "Unable to initialize backend" in text:
+        return text
+    return ""
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """Returns a parser that prints a benchmark's docstring as it stands."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """Returns a type of argparse: a whole number from `least` to 2^31 - 1."""
+    def convert(text: str) -> int:
+        if not text.isdecimal() or not least <= int(text) < 2**31:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {least} to 2^31 - 1, got {text!r}")
+        return int(text)
+
+    return convert
+
+
+def positive(text: str) -> float:
+    """A type of argparse: a number above 0, but not infinity."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = float("nan")
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    return number
+
+
+# ---- Clock ---------------------------------------------------------------------------------------
 class Program(NamedTuple):
     """A compiled function. Call `run` with arguments of the shapes that it was compiled for."""
 
@@ -50,6 +110,7 @@ def seconds(function: Callable, *args: Any, repeats: int, budget: float = float(
     return statistics.median(times)
 
 
+# ---- Table and figure ----------------------------------------------------------------------------
 def mean_interval(x: np.ndarray) -> dict[str, float]:
     """Returns mean, 95 % t interval, minimum and number of x (n,) as columns of a table."""
     x = np.asarray(x, float)
@@ -66,12 +127,29 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def write_csv(path: Path, rows: list[dict[str, Any]], columns: Sequence[str] = ()) -> None:
+    """Writes rows under the names of columns, by default those of the first row."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(columns or rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 class Table:
-    """A CSV file that is complete after every row. Rows are also printed, floats with four digits."""
+    """A CSV file that is complete after every row. Rows are also printed, floats with four digits.
+
+    ValueError: the file cannot be written. That is said before anything is measured.
+    """
 
     def __init__(self, path: Path):
         self.path, self.rows = path, []
-        path.parent.mkdir(exist_ok=True, parents=True)
+        if path.suffix != ".csv" or path.is_dir():
+            raise ValueError(f"--out must be a file whose name ends in .csv, got {str(path)!r}")
+        try:
+            path.parent.mkdir(exist_ok=True, parents=True)
+            tempfile.TemporaryFile(dir=path.parent).close()
+        except OSError as error:
+            raise ValueError(f"cannot write {path} ({error.strerror}): choose another --out") from None
         print(device())
 
     def add(self, **row: Any) -> None:
@@ -80,10 +158,7 @@ class Table:
             print(" ".join(f"{name:>17s}" for name in row))
         self.rows.append(row)
         print(" ".join(f"{value!s:>17s}" for value in row.values()), flush=True)
-        with self.path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(self.rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.rows)
+        write_csv(self.path, self.rows)
 
 
 def plot_into(path: Path, lines: int, columns: int, draw: Callable) -> None:

@@ -11,7 +11,6 @@ are packed into DIR/gpu-1.tar.gz, gpu-2.tar.gz, ... of at most 15 MB each: the l
 the table of a benchmark, job.json (command, card, seconds). To unpack: tar xzf gpu-1.tar.gz -C results/gpu
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -25,7 +24,7 @@ from typing import NamedTuple
 
 import jax
 
-from common import RESULTS, ROOT  # first: it finds the project
+from common import RESULTS, ROOT, make_parser, positive, run_main  # first: it finds the project
 
 LARGEST = 15e6  # bytes of an archive
 RESERVE = 15  # seconds for stopping and packing
@@ -176,8 +175,8 @@ def run(jobs: list[Job], deadline: float, work: Path, out: Path, small: bool) ->
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=9.0, help="that the whole call may take")
+    parser = make_parser(__doc__)
+    parser.add_argument("--minutes", type=positive, default=9.0, help="that the whole call may take")
     parser.add_argument("--out", type=Path, default=Path("gpu_out"), help="folder of the archives")
     parser.add_argument("--list", action="store_true", help="say what there is and what is missing")
     parser.add_argument("--small", action="store_true", help="every job tiny, whatever is done already")
@@ -193,8 +192,10 @@ def main():
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as work:
         done = run(jobs, deadline, Path(work), options.out, options.small)
+    if not done:
+        print("no job is missing, or none fits into the time")
     sys.exit(any("unfinished" in path.name for path in done))
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -14,7 +14,6 @@ Columns: mean return over the last tenth of training with a 95 % t interval over
 training per environment step of one seed; megabytes that XLA plans for the training of one seed.
 """
 
-import argparse
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common import RESULTS, Table, compile_program, mean_interval, plot_into  # first: it finds the project
+from common import (  # first: it finds the project
+    RESULTS,
+    Table,
+    compile_program,
+    make_parser,
+    mean_interval,
+    plot_into,
+    positive,
+    run_main,
+    whole,
+)
 
 import devices
 import experiment
@@ -109,13 +118,13 @@ def draw(rows: list[dict], path: Path, reference: list[dict] = ()) -> None:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2**k for k in range(2, 12)])
+    parser = make_parser(__doc__)
+    parser.add_argument("--lengths", type=whole(1), nargs="+", default=[2**k for k in range(2, 12)])
     parser.add_argument("--memories", nargs="+", default=["s5", "lstm", "transformer"], choices=list(MEMORIES))
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--episodes", type=int, default=10_000, help="of each length and seed")
-    parser.add_argument("--width", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--seeds", type=whole(1), default=5)
+    parser.add_argument("--episodes", type=whole(1), default=10_000, help="of each length and seed")
+    parser.add_argument("--width", type=whole(1), default=32)
+    parser.add_argument("--lr", type=positive, default=1e-3)
     parser.add_argument("--out", type=Path, default=RESULTS / "memory_chain.csv", help="a picture goes beside it")
     options = parser.parse_args()
     table = Table(options.out)
@@ -129,4 +138,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

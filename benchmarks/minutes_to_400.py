@@ -19,16 +19,15 @@ from pathlib import Path
 
 import numpy as np
 
-from common import RESULTS, ROOT, Table  # first: it finds the project
+from common import RESULTS, ROOT, Table, make_parser, positive, run_main, whole  # first: it finds the project
 
 import experiment
+from runs import read_rows
 
 
 def newest_return(folder: Path, window: float) -> float:
     """Returns the mean over tasks of the returns in the last `window` steps; -inf before so many are done."""
-    if not (folder / "metrics.csv").exists():
-        return -np.inf
-    rows = [row for row in experiment.read_metrics(folder) if row]
+    rows = read_rows(folder)
     if not rows or rows[-1]["steps"] < window:
         return -np.inf
     recent = [row for row in rows if row["steps"] > rows[-1]["steps"] - window]
@@ -37,7 +36,10 @@ def newest_return(folder: Path, window: float) -> float:
 
 
 def minutes(trainer: str, seed: int, goals: list[float], window: float, flags: list[str]) -> dict[float, float]:
-    """Trains one seed and returns {goal: minutes}, NaN where it is not reached."""
+    """Trains one seed and returns {goal: minutes}, NaN where it is not reached.
+
+    ValueError: the trainer ended with an error.
+    """
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()
@@ -55,15 +57,17 @@ def minutes(trainer: str, seed: int, goals: list[float], window: float, flags: l
         finally:
             process.terminate()
             process.wait()
+    if ended and process.returncode:
+        raise ValueError(f"{' '.join([trainer, *flags])} ended with an error, which is printed above")
     return {goal: found.get(goal, float("nan")) for goal in goals}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--trainer", default="train_s5.py")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--goals", type=float, nargs="+", default=[350.0, 400.0])
-    parser.add_argument("--window", type=float, default=1e6, help="environment steps")
+    parser.add_argument("--seeds", type=whole(1), default=3)
+    parser.add_argument("--goals", type=positive, nargs="+", default=[350.0, 400.0])
+    parser.add_argument("--window", type=positive, default=1e6, help="environment steps")
     parser.add_argument("--out", type=Path, default=RESULTS / "minutes_to_400.csv")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[],
                         help="of the trainer, last on the command line")
@@ -80,4 +84,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

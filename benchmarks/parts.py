@@ -12,14 +12,13 @@ command goes on; finished runs are skipped. Columns of results/parts.csv:
     one column per task     mean return over seeds
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 import numpy as np
 from scipy.stats import ttest_ind
 
-from common import RESULTS, Table, mean_interval  # first: it finds the project
+from common import RESULTS, Table, make_parser, mean_interval, run_main, whole  # first: it finds the project
 
 import envs
 from runs import RUNS, Run, add_jobs_flag, launch
@@ -72,21 +71,17 @@ def write_table(runs: list[Run], path: Path) -> None:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="VARIANT")
-    parser.add_argument("--steps", type=int, default=5_000_000, help="environment steps of a seed")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser = make_parser(__doc__)
+    parser.add_argument("--steps", type=whole(1), default=5_000_000, help="environment steps of a seed")
+    parser.add_argument("--seeds", type=whole(1), default=3)
     add_jobs_flag(parser)
     parser.add_argument("--out", type=Path, default=RESULTS / "parts.csv")
     options = parser.parse_args()
-    runs = runs_of(options.variants, options.steps, options.seeds)
-    try:
-        failed = launch(runs, options.jobs) if options.jobs else 0
-        write_table(runs, options.out)
-    except ValueError as error:  # a run folder that was made with other flags
-        parser.error(str(error))
+    runs = runs_of(list(VARIANTS), options.steps, options.seeds)
+    failed = launch(runs, options.jobs)
+    write_table(runs, options.out)
     sys.exit(failed > 0)
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -29,7 +29,16 @@ import mujoco
 import mujoco.rollout
 import numpy as np
 
-from common import RESULTS, Table, compile_program, plot_into, seconds  # first: it finds the project
+from common import (  # first: it finds the project
+    RESULTS,
+    Table,
+    compile_program,
+    make_parser,
+    plot_into,
+    run_main,
+    seconds,
+    whole,
+)
 
 import dmc
 import envs
@@ -170,15 +179,23 @@ def draw(axis, rows, title):
     axis.legend(fontsize=7)
 
 
+def joined_tasks(text):
+    """A type of argparse: names of tasks joined by +."""
+    for task in text.split("+"):
+        if task not in dmc.TASKS:
+            raise argparse.ArgumentTypeError(f"unknown task {task!r}; known: {', '.join(dmc.TASKS)}")
+    return text
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", default=list(dmc.TASKS),
+    parser = make_parser(__doc__)
+    parser.add_argument("--tasks", type=joined_tasks, nargs="+", default=list(dmc.TASKS),
                         help="task names; those joined by + share the environments")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 32, 512, 8192])
-    parser.add_argument("--mjx-batch", type=int, default=64, help="of MJX and playground (0: leave both out)")
-    parser.add_argument("--steps", type=int, default=32768, help="of all environments in a call; MJX runs a 256th")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the threaded C rows")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--batches", type=whole(1), nargs="+", default=[1, 32, 512, 8192])
+    parser.add_argument("--mjx-batch", type=whole(0), default=64, help="of MJX and playground (0: leave both out)")
+    parser.add_argument("--steps", type=whole(1), default=32768, help="of all environments in a call; MJX runs a 256th")
+    parser.add_argument("--threads", type=whole(1), default=os.cpu_count(), help="of the threaded C rows")
+    parser.add_argument("--repeats", type=whole(1), default=3)
     parser.add_argument("--out", type=Path, default=RESULTS / "physics.csv", help="a picture goes beside it")
     options = parser.parse_args()
     table = Table(options.out)
@@ -198,4 +215,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

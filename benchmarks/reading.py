@@ -19,7 +19,6 @@ memory in the task's own coordinates: its inputs are the raw observation and the
 numbers, and the true matrices project them.
 """
 
-import argparse
 import time
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from common import RESULTS, Table  # first: it finds the project
+from common import RESULTS, Table, make_parser, run_main, whole  # first: it finds the project
 
 import dmc
 import envs
@@ -45,6 +44,7 @@ MEMORIES = {  # name: (the trainer of its memory, its inputs); LSTM and S5 have 
 AHEAD = (1, 4, 16)
 TARGETS = [f"ahead_{k}" for k in AHEAD] + ["control"]
 SINCE = (0, 50, 200)  # steps since the trial began, from which a column counts, up to the next
+LR = 2e-3  # step size of Adam at first; falls to 0
 MINIBATCHES = 4  # per rollout, made of whole environments
 HOLD = 0.85  # probability that an action is held for another step
 BINS = (2, 7)  # of random actions: values from -1.25 to 1.25
@@ -222,7 +222,7 @@ def measure(task, memories, options):
     sysid = any(MEMORIES[name][1] == "sysid" for name in memories)
     stream, sample = (Stream(task, options.num_envs, steps, sysid) for steps in (options.num_steps, 1000))
     unit = jax.jit(lambda key: units(sample.next(sample.reset(key))[1]))(jax.random.fold_in(key, 1))
-    schedule = optax.warmup_cosine_decay_schedule(0.0, options.lr, 20, max(21, rollouts * MINIBATCHES))
+    schedule = optax.warmup_cosine_decay_schedule(0.0, LR, 20, max(21, rollouts * MINIBATCHES))
     optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
     @jax.jit
@@ -247,16 +247,15 @@ def measure(task, memories, options):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     tasks = [task for task in dmc.TASKS if task.split("-")[0] in FEATURES and "poles" not in task]
     parser.add_argument("--tasks", nargs="+", default=["cartpole-swingup", "point_mass-easy"], choices=tasks)
     parser.add_argument("--memories", nargs="+", default=list(MEMORIES), choices=list(MEMORIES),
                         help="none and oracle are always measured")
-    parser.add_argument("--steps", type=int, default=2_000_000, help="of each task")
-    parser.add_argument("--num-envs", type=int, default=128)
-    parser.add_argument("--num-steps", type=int, default=128, help="of a rollout, through which gradients flow")
-    parser.add_argument("--lr", type=float, default=2e-3, help="of Adam at first; falls to 0")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=whole(1), default=2_000_000, help="of each task")
+    parser.add_argument("--num-envs", type=whole(1), default=128)
+    parser.add_argument("--num-steps", type=whole(1), default=128, help="of a rollout, through which gradients flow")
+    parser.add_argument("--seed", type=whole(0), default=0)
     parser.add_argument("--out", type=Path, default=RESULTS / "reading.csv")
     options = parser.parse_args()
     if options.num_envs % MINIBATCHES:
@@ -276,4 +275,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

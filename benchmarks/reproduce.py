@@ -13,24 +13,29 @@ results/paper/*.csv, *.png and a table, README.md; the paper's numbers are in re
 Deviations from its settings are given where they are chosen.
 """
 
-import argparse
-import csv
-import dataclasses
 import json
 import sys
 from pathlib import Path
 
-import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common import RESULTS, mean_interval, plot_into, read_csv  # first: it finds the project
+from common import (  # first: it finds the project
+    RESULTS,
+    make_parser,
+    mean_interval,
+    plot_into,
+    read_csv,
+    run_main,
+    write_csv,
+)
 
 import envs
 import experiment
 import memory_chain
-from runs import RUNS, Run, Script, add_jobs_flag, launch
+from agent import load
+from runs import RUNS, Run, Script, add_jobs_flag, launch, read_rows
 
 PAPER = RESULTS / "paper"
 COLOURS = {"S5": "C0", "S5, never reset": "C4", "LSTM": "C1", "GRU": "C1", "self-attention": "C2", "none": "C7",
@@ -106,10 +111,8 @@ def row(memory, at, paper, ours, frames):
 
 def write_table(figure, rows):
     """Writes results/paper/FIGURE.csv, and README.md from the tables of all figures."""
-    with (PAPER / f"{figure}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows([{k: f"{v:.4g}" if isinstance(v, float) else v for k, v in r.items()} for r in rows])
+    rounded = [{k: f"{v:.4g}" if isinstance(v, float) else v for k, v in r.items()} for r in rows]
+    write_csv(PAPER / f"{figure}.csv", rounded)
     text = ["# The paper's figures\n", "Numbers of Lu et al. 2023 (arXiv 2303.03982), read off its plots and tables "
             "(`reference_*.csv`), beside those of this project. Written by", "`benchmarks/reproduce.py`; each "
             "interval is a 95 % t interval over seeds.\n"]
@@ -184,10 +187,9 @@ def popgym_scores(runs):
         key, reached = (run.variant, run.task, run.seed), run.reached()
         if reached and reached >= scores.get(key, (0, 0))[1]:
             scores[key] = best_return(run), reached
-    with stored.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("memory", "task", "seed", "best_return", "steps"))
-        writer.writerows((*key, f"{best:.4g}", steps) for key, (best, steps) in sorted(scores.items()))
+    columns = ("memory", "task", "seed", "best_return", "steps")
+    rows = [(*key, f"{best:.4g}", steps) for key, (best, steps) in sorted(scores.items())]
+    write_csv(stored, [dict(zip(columns, row)) for row in rows], columns)
     found = {}
     for (variant, task, _), score in scores.items():
         found.setdefault((variant, task), []).append(score)
@@ -229,23 +231,17 @@ def returns_by_episode(run):
         found = json.loads(stored.read_text())
         if found["steps"] == run.reached():
             return np.array(found["returns"]), found["steps"]
-    agent = experiment.read_agent(run.path)
-    trainer = experiment.import_trainer(agent["trainer"])
-    config = trainer.Config(**agent["config"])
-    steps = agent["update"] * config.steps_per_update
-    returns = play_two_trials(trainer, config, agent, run.seed)
-    stored.write_text(json.dumps({"steps": steps, "returns": returns.tolist()}))
-    return returns, steps
+    agent = load(run.path)
+    returns = play_two_trials(agent, run.seed)
+    stored.write_text(json.dumps({"steps": agent.steps, "returns": returns.tolist()}))
+    return returns, agent.steps
 
 
-def play_two_trials(trainer, config, agent, seed):
+def play_two_trials(agent, seed):
     """Returns the mean return of every episode (SHOWN,) of the second trial of TRIALS environments."""
-    config = dataclasses.replace(config, num_envs=TRIALS, num_minibatches=1, episodes_per_trial=SHOWN)
-    train, key = trainer.make_train(config), jax.random.PRNGKey(seed)
-    trials, network = train.trials, train.network
-    shapes = jax.eval_shape(train.init, key)
-    params, norm = (jax.tree.map(lambda x: x[0], flax.serialization.from_state_dict(getattr(shapes, name), agent[name]))
-                    for name in ("params", "norm"))
+    config, network, key = agent.config, agent.network, jax.random.PRNGKey(seed)
+    trials = envs.Trials(config.env, TRIALS, **agent.trial_kwargs | {"episodes_per_trial": SHOWN})
+    params, norm = agent.first
 
     def play():
         state, observation = trials.reset(key, stagger=False)
@@ -318,7 +314,7 @@ def read_six(folder):
     return of each task.
 
     Raises:
-      ValueError: it is a run on other tasks.
+      ValueError: it is no run on these tasks, or no update is logged yet.
     """
     config, _ = experiment.read_run(folder)
     tasks = [task.removeprefix("dmc:") for task in config.env]
@@ -329,9 +325,11 @@ def read_six(folder):
     variant += "" if config.sysid else ", plain"
     variant = "blind" if config.blind else "none" if config.reset == "step" else variant
     seeds = {}
-    for r in experiment.read_metrics(folder):
+    for r in read_rows(folder):
         values = [r[f"return/{name}"] for name in config.env]
         seeds.setdefault(r["seed"], []).append([r["steps"], *[values[tasks.index(t)] for t in envs.TRAIN_TASKS]])
+    if not seeds:
+        raise ValueError(f"{folder} has no logged update yet")
     return (variant, config.total_timesteps / 1e6), [np.array(rows) for rows in seeds.values()]
 
 
@@ -345,7 +343,7 @@ def near(rows, steps):
 
 def draw_dmcontrol(folders):
     series = {}
-    for folder in folders:
+    for folder in dict.fromkeys(map(Path.resolve, folders)):  # each once
         plan, seeds = read_six(folder)
         series.setdefault(plan, []).extend(seeds)
     reference = {}
@@ -393,7 +391,7 @@ FIGURES = {"memory": draw_memory, "popgym": draw_popgym, "metacart": draw_metaca
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("figure", choices=[*FIGURES, "dmcontrol"])
     parser.add_argument("folders", nargs="*", type=Path, help="run folders (dmcontrol only)")
     parser.add_argument("--only", nargs="+", default=[""], help="only runs whose name contains one of these")
@@ -405,11 +403,8 @@ def main():
     chosen = [run for run in runs if any(part in run.path.name for part in options.only)]
     if runs and not chosen:
         parser.error(f"--only {' '.join(options.only)} matches none of {', '.join(run.path.name for run in runs)}")
-    try:
-        failed = launch(chosen, options.jobs) if options.jobs else 0
-        rows = draw_dmcontrol(options.folders) if options.folders else FIGURES[options.figure](runs)
-    except ValueError as error:
-        parser.error(str(error))
+    failed = launch(chosen, options.jobs)
+    rows = draw_dmcontrol(options.folders) if options.folders else FIGURES[options.figure](runs)
     if not rows:
         parser.error("nothing to draw yet")
     write_table(options.figure, rows)
@@ -418,4 +413,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

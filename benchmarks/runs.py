@@ -12,12 +12,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from common import ROOT  # first: it finds the project
+from common import ROOT, whole  # first: it finds the project
 
 import devices
 import experiment
 
 RUNS = ROOT / "runs"
+
+
+def read_rows(folder: Path) -> list[dict[str, float]]:
+    """Returns the rows of metrics.csv, none before there are any. ValueError: the first line is lost."""
+    if not (folder / "metrics.csv").exists():
+        return []
+    rows = experiment.read_metrics(folder)
+    if rows and "steps" not in rows[0]:
+        raise ValueError(f"{folder}/metrics.csv does not begin with the names of its columns")
+    return rows
 
 
 class Run(NamedTuple):
@@ -43,14 +53,14 @@ class Run(NamedTuple):
         Raises:
           ValueError: the folder was made with other flags.
         """
-        if not (self.path / "metrics.csv").exists():
+        rows = read_rows(self.path)
+        if not rows:
             return 0
         config, _ = self.read()
         if experiment.parse_flags(type(config), args=self.command[1:])[0] != config:
             raise ValueError(f"{self.path} was made with other flags than {' '.join(self.command)}: "
                              "move it away")
-        rows = experiment.read_metrics(self.path)
-        return int(rows[-1]["steps"]) if rows else 0
+        return int(rows[-1]["steps"])
 
     def todo(self) -> list[str] | None:
         """Returns the command that starts or continues it, None if it is complete."""
@@ -81,16 +91,18 @@ class Script(NamedTuple):
 
 
 def launch(runs: list[Any], jobs: int) -> int:
-    """Runs what is not complete, `jobs` processes at a time, each on a core of its own.
+    """Runs what is not complete, `jobs` processes at a time, each on a core of its own. 0: runs nothing.
 
     Returns:
       How many failed.
     """
+    if not jobs:
+        return 0
     waiting = [run for run in runs if run.todo()]
     print(f"{len(runs) - len(waiting)} of {len(runs)} runs are complete", flush=True)
     usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
     cores = queue.Queue()
-    for i in range(jobs):
+    for i in range(min(jobs, len(waiting))):
         cores.put(usable[i % len(usable)] if usable and jobs > 1 else None)
     running = set()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no run outlives this process
@@ -112,9 +124,9 @@ def launch(runs: list[Any], jobs: int) -> int:
         print(f"{'FAILED, see ' + str(log) if failed else 'finished'} {run.path.name}", flush=True)
         return failed
 
-    with ThreadPoolExecutor(max(1, jobs)) as pool:
+    with ThreadPoolExecutor(jobs) as pool:
         try:
-            return sum(pool.map(work, waiting if jobs else []))
+            return sum(pool.map(work, waiting))
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(running):
@@ -123,5 +135,5 @@ def launch(runs: list[Any], jobs: int) -> int:
 
 
 def add_jobs_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--jobs", type=int, default=devices.num_cores(),
+    parser.add_argument("--jobs", type=whole(0), default=devices.num_cores(),
                         help="processes (default: one per core; 0: run nothing, make the table of what there is)")

@@ -15,11 +15,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common import RESULTS, ROOT, Table, read_csv  # first: it finds the project
+from common import RESULTS, ROOT, Table, make_parser, read_csv, run_main  # first: it finds the project
 
 
 def steps_per_second(trainer: str, cores: list[int], devices: int, flags: list[str]) -> float:
-    """Returns the environment steps per second of a run on these cores."""
+    """Returns the environment steps per second of a run on these cores.
+
+    ValueError: the run fails.
+    """
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / f"{trainer}.py"), "--devices", str(devices), "--no-evaluate",
                    "--out", f"{folder}/run", *flags]
@@ -27,18 +30,20 @@ def steps_per_second(trainer: str, cores: list[int], devices: int, flags: list[s
         process = subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL)
         os.sched_setaffinity(process.pid, cores)  # before it has started threads
         if process.wait():
-            raise RuntimeError(f"{' '.join(command)} failed")
+            raise ValueError(f"{' '.join([trainer + '.py', *flags])} ended with an error, which is printed above")
         calls = read_csv(Path(folder, "run", "timing.csv"))[1:]
     return statistics.median(float(row["sps"]) for row in calls)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--trainers", nargs="+", default=["train_s5", "train_lstm"])
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=["--total-timesteps", "3000000"],
                         help="of the trainers, last on the command line")
     parser.add_argument("--out", type=Path, default=RESULTS / "scaling.csv")
     options = parser.parse_args()
+    if not hasattr(os, "sched_setaffinity"):
+        parser.error("this system does not let a program choose its cores")
     table, cores = Table(options.out), sorted(os.sched_getaffinity(0))
     counts = [2**i for i in range(len(cores).bit_length()) if 2**i <= len(cores)]
     for name in options.trainers:
@@ -51,4 +56,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

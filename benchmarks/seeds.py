@@ -8,7 +8,6 @@ Together they run as in experiment.py: side by side on an accelerator, one after
 separate runs are one run, measured once, times the number of seeds. Nothing is cached.
 """
 
-import argparse
 import time
 from pathlib import Path
 from typing import Callable
@@ -16,7 +15,7 @@ from typing import Callable
 import jax
 import jax.numpy as jnp
 
-from common import RESULTS, Table  # first: it finds the project
+from common import RESULTS, Table, make_parser, run_main, whole  # first: it finds the project
 
 import devices
 import train_s5
@@ -33,11 +32,11 @@ def run(function: Callable, *args) -> tuple[float, float]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--env", nargs="+", default=["CartPole-v1"])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[8])
-    parser.add_argument("--total-timesteps", type=int, default=200_000, help="of one seed")
-    parser.add_argument("--num-envs", type=int, default=192)
+    parser.add_argument("--seeds", type=whole(1), nargs="+", default=[8])
+    parser.add_argument("--total-timesteps", type=whole(1), default=200_000, help="of one seed")
+    parser.add_argument("--num-envs", type=whole(1), default=192)
     parser.add_argument("--out", type=Path, default=RESULTS / "seeds.csv")
     options = parser.parse_args()
     train = train_s5.make_train(train_s5.Config(
@@ -53,4 +52,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

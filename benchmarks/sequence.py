@@ -13,11 +13,10 @@ of width / 4 and twice the width inside its dense part. Three costs:
                        keys and values. The cost of the others does not depend on the length: one row
 
 Megabytes are temporaries and outputs as XLA plans them. A memory goes no further once the next length, at the
-same time per token, would take longer than --limit seconds, or the planned megabytes exceed --memory. The
+same time per token, would take longer than 4 seconds, or the planned megabytes exceed 2,000. The
 fitted exponents (time ~ length^x over the longest three lengths) stand in the figure's legends.
 """
 
-import argparse
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable
@@ -26,7 +25,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common import RESULTS, Program, Table, compile_program, plot_into, seconds  # first: it finds the project
+from common import (  # first: it finds the project
+    RESULTS,
+    Program,
+    Table,
+    compile_program,
+    make_parser,
+    plot_into,
+    run_main,
+    seconds,
+    whole,
+)
 
 import experiment
 import train_lstm
@@ -35,6 +44,8 @@ import train_s5
 train_transformer = experiment.import_trainer("train_transformer")  # an example
 COSTS = ("forward", "forward+backward", "acting")
 ACTING_STEPS = 64  # of one call
+LIMIT = 4.0  # seconds of a call
+LARGEST = 2.0  # gigabytes of a call
 
 
 def make_memories(width: int, layers: int) -> dict[str, Callable]:
@@ -86,12 +97,12 @@ def measure(name: str, make: Callable, cost: str, batch: int, options: Any, tabl
     points = []
     for length in sorted(options.lengths):
         once = cost == "acting" and name != "transformer"  # its cost does not depend on the length
-        if points and (once or points[-1][1] * length / points[-1][0] > 1e3 * options.limit):
+        if points and (once or points[-1][1] * length / points[-1][0] > 1e3 * LIMIT):
             break
         program, args, parameters = compile_cost(make(length), cost, length, batch, options.width)
-        if program.megabytes > 1e3 * options.memory:
+        if program.megabytes > 1e3 * LARGEST:
             break
-        took = seconds(program.run, *args, repeats=options.repeats, budget=options.limit)
+        took = seconds(program.run, *args, repeats=options.repeats, budget=LIMIT)
         took /= ACTING_STEPS if cost == "acting" else 1
         points.append((length, 1e3 * took))
         tokens = batch * (1 if cost == "acting" else length)
@@ -109,18 +120,21 @@ def exponent(points: list[tuple]) -> float:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--models", nargs="+", help="names as in the table (default: all)")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[64, 256, 1024, 4096, 16384])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64])
-    parser.add_argument("--width", type=int, default=64, help="a multiple of 4")
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--limit", type=float, default=4.0, help="seconds of a call")
-    parser.add_argument("--memory", type=float, default=2.0, help="gigabytes of a call")
+    parser.add_argument("--lengths", type=whole(1), nargs="+", default=[64, 256, 1024, 4096, 16384])
+    parser.add_argument("--batches", type=whole(1), nargs="+", default=[1, 16, 64])
+    parser.add_argument("--width", type=whole(4), default=64, help="a multiple of 4")
+    parser.add_argument("--layers", type=whole(1), default=2)
+    parser.add_argument("--repeats", type=whole(1), default=3)
     parser.add_argument("--out", type=Path, default=RESULTS / "sequence.csv", help="a picture goes beside it")
     options = parser.parse_args()
+    if options.width % 4:
+        parser.error(f"--width must be a multiple of 4, got {options.width}")
     memories = make_memories(options.width, options.layers)
+    unknown = set(options.models or ()) - set(memories)
+    if unknown:
+        parser.error(f"unknown model {min(unknown)!r}; known: {', '.join(memories)}")
     memories = {name: memories[name] for name in options.models or memories}
     table = Table(options.out)
     points = {(cost, batch, name): measure(name, make, cost, batch, options, table)
@@ -143,4 +157,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -10,11 +10,10 @@ the mean over the last tenth of what was trained, actions sampled; `steps` are t
 docs/BENCHMARKS.md, phase 5.1, read in November 2026), empty where there is none.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-from common import RESULTS, Table, mean_interval  # first: it finds the project
+from common import RESULTS, Table, make_parser, mean_interval, run_main, whole  # first: it finds the project
 
 import dmc
 from runs import RUNS, Run, add_jobs_flag, launch
@@ -36,19 +35,16 @@ def runs_of(task: str, steps: int, seeds: int) -> list[Run]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--tasks", nargs="+", choices=list(dmc.TASKS), metavar="TASK", default=BODIES)
-    parser.add_argument("--total-timesteps", type=int, default=100_000_000)
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--total-timesteps", type=whole(1), default=100_000_000)
+    parser.add_argument("--seeds", type=whole(1), default=1)
     add_jobs_flag(parser)
     parser.add_argument("--out", type=Path, default=RESULTS / "single_task.csv")
     options = parser.parse_args()
     runs = {task: runs_of(task, options.total_timesteps, options.seeds) for task in options.tasks}
-    try:
-        failed = launch(sum(runs.values(), []), options.jobs) if options.jobs else 0
-        reached = {task: min(run.reached() for run in same) for task, same in runs.items()}
-    except ValueError as error:  # a run folder that was made with other flags
-        parser.error(str(error))
+    failed = launch(sum(runs.values(), []), options.jobs)
+    reached = {task: min(run.reached() for run in same) for task, same in runs.items()}
     table = Table(options.out)
     for task, same in runs.items():
         if not reached[task]:
@@ -61,4 +57,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -6,27 +6,15 @@ Left: mean return of the six projected tasks during training, over the paper's c
 agents on MemoryChain by episode length. The paper's values were read off its plots.
 """
 
-import csv
-import sys
-from pathlib import Path
-
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "results"
-sys.path.insert(0, str(ROOT))
+from common import RESULTS, make_parser, read_csv, run_main  # first: it finds the project
 
-from experiment import panels  # noqa: E402
+from experiment import panels
 
 PAPER = dict(linestyle="--", linewidth=1.2)
 OURS = dict(marker="o", markersize=4, linewidth=1.8)
 COLOURS = {"S5": "tab:blue", "LSTM": "tab:orange", "self-attention": "tab:green", "none": "tab:gray"}
-
-
-def read(name: str) -> list[dict[str, str]]:
-    """Returns the rows of results/NAME."""
-    with (RESULTS / name).open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def numbers(rows: list[dict[str, str]], *columns: str) -> list[np.ndarray]:
@@ -36,13 +24,13 @@ def numbers(rows: list[dict[str, str]], *columns: str) -> list[np.ndarray]:
 
 def run(name: str) -> list[np.ndarray]:
     """Returns (million steps, mean return of the six) of results/paper/NAME."""
-    rows = [row for row in read(f"paper/{name}") if row["at"].startswith("mean of the six")]
+    rows = [row for row in read_csv(RESULTS / f"paper/{name}") if row["at"].startswith("mean of the six")]
     return numbers(rows, "million_frames", "ours")
 
 
 def metrics(name: str, points: int = 20) -> list[np.ndarray]:
     """Returns (million steps, mean return of the tasks) of a run's metrics, in `points` equal parts."""
-    rows = read(name)
+    rows = read_csv(RESULTS / name)
     tasks = [column for column in rows[0] if column.startswith("return/")]
     steps, *returns = (x[len(x) % points:].reshape(points, -1) for x in numbers(rows, "steps", *tasks))
     return [steps.mean(1) / 1e6, np.nanmean(returns, axis=(0, 2))]
@@ -55,7 +43,7 @@ def add_legend(axis) -> None:
 
 def plot_training(axis) -> None:
     """Mean return of the six tasks against environment steps."""
-    curves = [row for row in read("paper/reference_dmcontrol.csv") if row["task"] == "mean of the six"]
+    curves = [row for row in read_csv(RESULTS / "paper/reference_dmcontrol.csv") if row["task"] == "mean of the six"]
     for memory, label in (("S5", "paper: S5"), ("LSTM", "paper: LSTM"), ("none", "paper: no memory")):
         steps, returns = numbers([row for row in curves if row["memory"] == memory], "million_frames", "return")
         axis.plot(steps, returns, color=COLOURS[memory], label=label, **PAPER)
@@ -65,7 +53,7 @@ def plot_training(axis) -> None:
               label="ours, no additions, one H200 (one seed)")
     axis.plot(*metrics("vector/metrics.csv"), color="seagreen", linewidth=1.8,
               label="ours, vector memory, no sysid, H200 (three seeds)")
-    default = next(row for row in read("training.csv") if row["run"] == "default 20 million")
+    default = next(row for row in read_csv(RESULTS / "training.csv") if row["run"] == "default 20 million")
     mean, low, high = (float(default[name]) for name in ("return", "low", "high"))
     axis.errorbar(20, mean, [[mean - low], [high - mean]], color="black", fmt="D", markersize=5, capsize=3,
                   zorder=5, label="ours, default command, CPU (three seeds)")
@@ -79,7 +67,7 @@ def plot_training(axis) -> None:
 def plot_memory(axis) -> None:
     """Return on MemoryChain by episode length."""
     for memory in ("S5", "LSTM", "self-attention"):
-        rows = [row for row in read("paper/memory.csv") if row["memory"] == memory]
+        rows = [row for row in read_csv(RESULTS / "paper/memory.csv") if row["memory"] == memory]
         lengths, paper, ours, worst = numbers(rows, "at", "paper", "ours", "worst")
         name, colour = memory.replace("self-", ""), COLOURS[memory]
         axis.plot(lengths, ours, color=colour, label=f"ours: {name} (shade: worst)", **OURS)
@@ -95,6 +83,7 @@ def plot_memory(axis) -> None:
 
 def main() -> None:
     """Writes results/summary.png."""
+    make_parser(__doc__).parse_args()
     figure, [[left, right]] = panels(1, 2, 5, 3.9)
     plot_training(left)
     plot_memory(right)
@@ -102,4 +91,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

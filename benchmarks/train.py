@@ -24,6 +24,7 @@ Steps per second are environment steps of all seeds. Medians of several calls, s
 """
 
 import argparse
+import dataclasses
 import math
 import tempfile
 from functools import partial
@@ -34,13 +35,23 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.compilation_cache import compilation_cache
 
-from common import RESULTS, Table, compile_program, plot_into, seconds  # first: it finds the project
+from common import (  # first: it finds the project
+    RESULTS,
+    Table,
+    compile_program,
+    make_parser,
+    plot_into,
+    run_main,
+    seconds,
+    whole,
+)
 
 import devices
 import experiment
 
 TRAINERS = ("train_s5", "train_lstm", "train_transformer")
 MATRIX = 2048
+REPEATS = 3  # calls of which a time is the median, or more
 
 
 def product_flops(jaxpr: Any) -> int:
@@ -61,10 +72,10 @@ def product_flops(jaxpr: Any) -> int:
     return total
 
 
-def matmul_rate(repeats: int) -> float:
+def matmul_rate() -> float:
     """Returns the FLOP/s of one large float32 matrix product."""
     a = jax.random.normal(jax.random.PRNGKey(0), (MATRIX, MATRIX))
-    return 2 * MATRIX**3 / seconds(jax.jit(jnp.matmul), a, a, repeats=repeats)
+    return 2 * MATRIX**3 / seconds(jax.jit(jnp.matmul), a, a, repeats=REPEATS)
 
 
 def compile_twice(functions: list[tuple]) -> tuple[list, float, float]:
@@ -110,7 +121,7 @@ def collect(train: Any, num_steps: int, runner: Any) -> Any:
     return carry, rollout, act(hidden, observation, reset)
 
 
-def measure(trainer: Any, config: Any, seeds: int, rate: float, repeats: int) -> dict[str, Any]:
+def measure(trainer: Any, config: Any, seeds: int, rate: float) -> dict[str, Any]:
     """Returns the row of `config` with so many seeds of a trainer (module); rate: matmul_rate."""
     train, T = trainer.make_train(config), config.num_steps
     keys = jax.vmap(jax.random.PRNGKey)(jnp.arange(seeds))
@@ -122,9 +133,9 @@ def measure(trainer: Any, config: Any, seeds: int, rate: float, repeats: int) ->
     shape = seeds, T, config.num_envs, train.trials.action_dims
     actions = jax.random.randint(keys[0], shape, 0, train.trials.num_bins)
     played = compile_program(environment, runner.env_state, actions)
-    env_s = seconds(played.run, runner.env_state, actions, repeats=repeats)
-    rollout_s = seconds(compile_program(acting, runner).run, runner, repeats=repeats)
-    whole_s = seconds(iteration.run, runner, repeats=repeats)
+    env_s = seconds(played.run, runner.env_state, actions, repeats=REPEATS)
+    rollout_s = seconds(compile_program(acting, runner).run, runner, repeats=REPEATS)
+    whole_s = seconds(iteration.run, runner, repeats=REPEATS)
     update_s = whole_s - rollout_s
     flops, rollout_flops = (product_flops(jax.make_jaxpr(f)(runner).jaxpr) for f in (update, acting))
     flops -= rollout_flops
@@ -152,32 +163,46 @@ def draw(axis, rows: list[dict]) -> None:
 
 
 def setting(text: str) -> tuple[str, int]:
-    """("width", 128) from "width=128"."""
-    name, _, value = text.partition("=")
-    return name, int(value)
+    """A type of argparse: ("width", 128) from "width=128"."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    return name, whole(1)(value)
+
+
+def make_config(trainer: Any, settings: dict[str, Any]) -> Any:
+    """Returns the Config of a trainer (module). ValueError: a setting is unknown or invalid."""
+    known = [field.name for field in dataclasses.fields(trainer.Config) if field.type is int]
+    for name in settings:
+        if name not in ("env", *known):
+            raise ValueError(f"{trainer.__name__} has no whole-numbered setting {name!r}; "
+                             f"those are {', '.join(known)}")
+    return trainer.Config(**settings)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--trainers", nargs="+", default=TRAINERS, choices=TRAINERS)
     parser.add_argument("--vary", type=setting, nargs="*", metavar="NAME=VALUE",
                         default=[("num_envs", 384), ("num_steps", 512), ("width", 128), ("seeds", 4)])
     parser.add_argument("--set", type=setting, nargs="*", default=[], metavar="NAME=VALUE",
                         help="whole-numbered settings of all rows")
     parser.add_argument("--env", nargs="+", help="tasks (default: the trainers' own)")
-    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS / "train.csv", help="a picture goes beside it")
     options = parser.parse_args()
-    table, rate = Table(options.out), matmul_rate(options.repeats)
-    print(f"a product of two {MATRIX} x {MATRIX} float32 matrices: {rate / 1e9:.0f} GFLOP/s")
     fixed = dict(options.set) | ({"env": tuple(options.env)} if options.env else {})
+    wanted = []
     for name in options.trainers:
         trainer = experiment.import_trainer(name)
         for change in [{}] + [{k: v} for k, v in options.vary if name == "train_s5"]:
             seeds = change.pop("seeds", 1)
-            table.add(**measure(trainer, trainer.Config(**fixed | change), seeds, rate, options.repeats))
+            wanted.append((trainer, make_config(trainer, fixed | change), seeds))
+    table, rate = Table(options.out), matmul_rate()
+    print(f"a product of two {MATRIX} x {MATRIX} float32 matrices: {rate / 1e9:.0f} GFLOP/s")
+    for trainer, config, seeds in wanted:
+        table.add(**measure(trainer, config, seeds, rate))
     plot_into(options.out.with_suffix(".png"), 1, 1, lambda axis, *_: draw(axis, table.rows))
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

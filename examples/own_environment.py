@@ -16,7 +16,8 @@ An environment is any object with the interface of gymnax 1.x. The trainers use 
     is_truncated(state, params)            optional: the episode ends, but the task is not over
 
 If `default_params` has a field max_steps_in_episode, episodes also end after so many steps. All
-functions are called inside jit and vmap. gymnax need not be installed.
+functions are called inside jit and vmap. gymnax need not be installed. adapters.py has the environments of
+other libraries.
 """
 
 import sys

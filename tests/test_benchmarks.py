@@ -31,12 +31,11 @@ def main(load, tmp_path, monkeypatch, capsys):
     def main(module, *flags, picture=True, code=None):
         module, out = load(module) if isinstance(module, str) else module, tmp_path / "deeper" / "table.csv"
         monkeypatch.setattr(sys, "argv", ["benchmark", "--out", str(out), *flags])
-        if code is None:
-            module.main()
-        else:
-            with pytest.raises(SystemExit) as end:
-                module.main()
-            assert end.value.code == code
+        try:
+            load("common").run_main(module.main)
+            assert code is None
+        except SystemExit as end:
+            assert end.code == code
         assert not picture or out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
         printed = "".join(capsys.readouterr())
         return (list(csv.DictReader(out.open(newline=""))) if out.exists() else []), printed
@@ -47,13 +46,84 @@ def main(load, tmp_path, monkeypatch, capsys):
 def write_run(path, config, rows):
     """A run folder with these rows of metrics.csv."""
     experiment.open_folder(config, experiment.Options(out=str(path)))
-    with (path / "metrics.csv").open("w", newline="") as file:
-        experiment.write_rows(file, rows)
+    if rows:
+        with (path / "metrics.csv").open("w", newline="") as file:
+            experiment.write_rows(file, rows)
 
 
 def config_of(run):
     """The Config and Options that the command of a run gives its trainer."""
     return experiment.parse_flags(TRAINERS[run.trainer].Config, args=run.command[1:])
+
+
+# ---- Command lines -------------------------------------------------------------------------------
+MISTAKES = (  # a command line, and part of the sentence that answers it
+    ("memory_chain --seeds 0", "--seeds: must be a whole number from 1"),
+    ("memory_chain --lengths 4 99999999999999999999", "--lengths: must be a whole number"),
+    ("memory_chain --lr nan", "--lr: must be a number above 0"),
+    ("memory_chain --memories s4", "invalid choice: 's4'"),
+    ("memory_chain --out {0}", "--out must be a file whose name ends in .csv"),
+    ("memory_chain --out {0}/file/table.csv", "file/table.csv (File exists): choose another --out"),
+    ("memory_chain --out {0}/table.png", "--out must be a file whose name ends in .csv"),
+    ("minutes_to_400 --window inf", "--window: must be a number above 0"),
+    ("minutes_to_400 --trainer nowhere.py --out {0}/table.csv --flags --lr 1", "nowhere.py --lr 1 ended with an error"),
+    ("parts --jobs -1", "--jobs: must be a whole number from 0"),
+    ("parts --variants S5", "unrecognized arguments"),
+    ("physics --tasks finger-spin+nowhere", "unknown task 'nowhere'; known: acrobot"),
+    ("physics --tasks finger-spin+reacher-easy --batches 3 --out {0}/table.csv", "cannot split 3 environments"),
+    ("physics --mjx-batch 0 --threads two", "--threads: must be a whole number from 1"),
+    ("reading --num-envs 6", "--num-envs must be a multiple of 4, got 6"),
+    ("reproduce nothing", "invalid choice: 'nothing'"),
+    ("reproduce dmcontrol {0}/nowhere", "nowhere is not a run folder"),
+    ("reproduce dmcontrol {0}/begun", "begun has no logged update yet"),
+    ("reproduce dmcontrol {0}/beheaded", "beheaded/metrics.csv does not begin with the names of its columns"),
+    ("reproduce popgym --only nowhere", "--only nowhere matches none of"),
+    ("scaling --trainers nowhere --out {0}/table.csv", "nowhere.py --total-timesteps 3000000 ended with an error"),
+    ("seeds --env Nowhere-v0", "unknown environment 'Nowhere-v0'"),
+    ("seeds --num-envs 7", "num_envs=7 must be divisible"),
+    ("sequence --width 6", "--width must be a multiple of 4, got 6"),
+    ("sequence --models nowhere", "unknown model 'nowhere'; known: S5 sequential"),
+    ("single_task --total-timesteps 1e6", "--total-timesteps: must be a whole number from 1"),
+    ("summary --nonsense", "unrecognized arguments: --nonsense"),
+    ("train --set layers", "expected NAME=VALUE, got 'layers'"),
+    ("train --vary seeds=0", "--vary: must be a whole number from 1"),
+    ("train --trainers train_lstm --set state_size=8", "train_lstm has no whole-numbered setting 'state_size'"),
+    ("gpu --minutes nan", "--minutes: must be a number above 0"),
+    ("gpu --out {0}/file", "File exists"),
+)
+
+
+@pytest.mark.parametrize("line, answer", MISTAKES, ids=[line for line, _ in MISTAKES])
+def test_a_mistake_is_answered_by_a_sentence(load, tmp_path, monkeypatch, capsys, line, answer):
+    (tmp_path / "file").touch()
+    for name in ("begun", "beheaded"):
+        write_run(tmp_path / name, train_s5.Config(), [])
+    (tmp_path / "beheaded" / "metrics.csv").write_text("1,100,0,0.5\n2,200,0,0.5\n")
+    script, *flags = line.format(tmp_path).split()
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags])
+    with pytest.raises(SystemExit) as end:
+        load("common").run_main(load(script).main)
+    assert end.value.code == 2 and answer in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_what_a_user_can_mend_is_a_sentence_and_a_bug_is_a_traceback(load, capsys):
+    run_main = load("common").run_main
+
+    def end_with(error):
+        def main():
+            raise error
+        run_main(main)
+
+    for error in (ValueError("wrong"), FileNotFoundError(2, "wrong", "a file"), ImportError("wrong"),
+                  MemoryError("wrong"), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: wrong"),
+                  RuntimeError("Unable to initialize backend 'wrong'"), KeyboardInterrupt()):
+        with pytest.raises(SystemExit) as end:
+            end_with(error)
+        assert end.value.code == (130 if isinstance(error, KeyboardInterrupt) else 2)
+        assert len(capsys.readouterr().err.splitlines()) == (end.value.code == 2)
+    for bug in (KeyError("wrong"), TypeError("wrong"), AttributeError("wrong"), RuntimeError("wrong")):
+        with pytest.raises(type(bug)):
+            end_with(bug)
 
 
 # ---- Speed ---------------------------------------------------------------------------------------
@@ -102,7 +172,7 @@ def test_train_counts_the_products_of_the_update(load, main, monkeypatch):
     module, Program = load("train"), load("common").Program
     monkeypatch.setattr(module, "compile_program", lambda function, *args: Program(
         lambda *args: jax.eval_shape(function, *args), compile_s=1.0, megabytes=2.0))
-    monkeypatch.setattr(module, "matmul_rate", lambda repeats: 1e9)
+    monkeypatch.setattr(module, "matmul_rate", lambda: 1e9)
     times = iter((0.2, 0.5, 2.0))  # environment, rollout, iteration
     monkeypatch.setattr(module, "seconds", lambda *args, **kwargs: next(times))
     [row], _ = main(module, "--trainers", "train_s5", "--env", "CartPole-v1", "--vary", "--set", "num_envs=4",

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import struct
 
 import envs
 import train_s5
@@ -171,6 +172,114 @@ def test_spaces_that_cannot_work_are_named(spaces, message):
     with pytest.raises(ValueError, match=message) as error:
         envs.Trials((env,), 2, projection="none", sysid=False)
     assert "\n" not in str(error.value)
+
+
+# ---- adapters.py ---------------------------------------------------------------------------------
+@struct.dataclass
+class Step:
+    """What the steps of navix, xminigrid and playground have in common with this file's stand-in."""
+
+    time: jax.Array
+    obs: jax.Array
+    observation: jax.Array
+    reward: jax.Array
+    step_type: jax.Array  # 0, or 1 (truncated) and 2 (terminated), as navix counts
+    discount: jax.Array
+    done: jax.Array
+
+
+@struct.dataclass
+class Limit:
+    max_timesteps: int = 4
+    max_steps: int = 4
+
+
+class Library:
+    """One stand-in for the four libraries. The action 1 ends the task, the fourth step the time."""
+
+    max_steps, action_size = 4, 1
+    default_params = Limit()
+
+    def at(self, time, ended):
+        step_type = jnp.where(ended, 2, jnp.where(time == 4, 1, 0))
+        grid = jnp.full((1, 2), time)
+        return Step(time, jnp.full(3, 1.0 * time), grid, jnp.float32(1), step_type, 1.0 - ended, 1.0 * ended)
+
+    def next(self, state, action):
+        return self.at(state.time + 1, jnp.ravel(action)[0] > 0.5)
+
+    def craftax(self, task, auto_reset):
+        assert not auto_reset
+        return SimpleNamespace(
+            default_params=Limit(), action_space=lambda: SimpleNamespace(n=2),
+            reset_env=lambda key, params: (jnp.zeros(3), self.at(0, False)), step_env=self.step_craftax)
+
+    def step_craftax(self, key, state, action, params):
+        state = self.next(state, action)
+        return state.obs, state, state.reward, (state.done > 0) | (state.time >= params.max_timesteps), {}
+
+    def navix(self, task, observation_fn, disable_autoreset):
+        assert disable_autoreset and observation_fn == "first person"
+        return SimpleNamespace(max_steps=4, action_space=SimpleNamespace(n=jnp.int32(2)),
+                               reset=lambda key: self.at(0, False), step=self.next)
+
+    def xminigrid(self, task):
+        return SimpleNamespace(num_actions=lambda params: 2, reset=lambda params, key: self.at(0, False),
+                               step=lambda params, state, action: self.next(state, action)), Limit()
+
+    def playground(self, task, config_overrides):
+        assert config_overrides == {"impl": "jax"}
+        return SimpleNamespace(action_size=1, reset=lambda key: self.at(0, False), step=self.next)
+
+    def modules(self):
+        registry = SimpleNamespace(load=self.playground, get_default_config=lambda task: SimpleNamespace(
+            episode_length=4))
+        return {"craftax": SimpleNamespace(), "mujoco_playground": SimpleNamespace(registry=registry),
+                "craftax.craftax_env": SimpleNamespace(make_craftax_env_from_name=self.craftax),
+                "navix": SimpleNamespace(make=self.navix, observations=SimpleNamespace(
+                    symbolic_first_person="first person")),
+                "xminigrid": SimpleNamespace(make=self.xminigrid)}
+
+
+ADAPTERS = {"Craftax": "craftax", "Navix": "navix", "XLandMiniGrid": "xminigrid", "Playground": "mujoco_playground"}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapters_tell_the_end_of_a_task_from_the_end_of_its_time(name, monkeypatch):
+    """With a stand-in for each library: CI has none of them."""
+    for module, stand_in in Library().modules().items():
+        monkeypatch.setitem(sys.modules, module, stand_in)
+    trials = envs.Trials((f"adapters:{name}",), 2, projection="none", sysid=False, privileged=False)
+    assert trials.max_episode_steps == 4 and trials.obs_size in (3, 22, 26)
+    state, observation = trials.reset(jax.random.PRNGKey(0), stagger=False)
+    stop = trials.num_bins - 1
+    step, ends = jax.jit(trials.step), []
+    for t in range(6):  # the second environment ends its task in step 1
+        first = observation.projected
+        action = jnp.array([[0], [stop if t == 1 else 0]])
+        state, observation, transition = step(state, action, t)
+        ends.append((transition.terminated.tolist(), transition.truncated.tolist()))
+        np.testing.assert_array_equal(transition.reward, 1)
+    no = [False, False]
+    assert ends == [(no, no), ([False, True], no), (no, no), (no, [True, False]), (no, no), (no, [False, True])]
+    assert not np.array_equal(first[1], observation.projected[1])
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapters_fit_their_libraries(name):
+    pytest.importorskip(ADAPTERS[name])
+    trials = envs.Trials((f"adapters:{name}",), 2, projection="none", sysid=False, privileged=False)
+    state, observation = jax.eval_shape(trials.reset, jax.random.PRNGKey(0))
+    action = jnp.zeros((2, trials.action_dims), jnp.int32)
+    new, *_ = jax.eval_shape(trials.step, state, action)
+    assert jax.tree.leaves(new) == jax.tree.leaves(state)
+    assert observation.projected.shape == (2, trials.obs_size)
+
+
+def test_adapters_without_their_library_say_what_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "xminigrid", None)
+    with pytest.raises(ValueError, match="'adapters:XLandMiniGrid' needs a package.*xminigrid"):
+        envs.make("adapters:XLandMiniGrid")
 
 
 # ---- train_transformer.py ------------------------------------------------------------------------
