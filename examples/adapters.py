@@ -1,9 +1,9 @@
 """Environments of other libraries: Craftax, navix, XLand-MiniGrid and MuJoCo Playground.
 
-    python train_s5.py --env examples.adapters:Craftax --num-envs 32 --total-timesteps 10000000
+    python train_s5.py --env examples.adapters:Craftax --num-envs 32
     python train_s5.py --env examples.adapters:Navix --env-kwargs task=Navix-DoorKey-5x5-v0
     python train_s5.py --env examples.adapters:XLandMiniGrid --env-kwargs task=MiniGrid-MemoryS8 --devices 1
-    python train_s5.py --env examples.adapters:Playground --env-kwargs task=CheetahRun
+    python train_s5.py --env examples.adapters:Playground --env-kwargs task=CartpoleSwingup
 
 Each class has the interface that own_environment.py describes, and imports its library when it is made.
 The libraries are not in requirements.txt. They are installed without their dependencies, most of which
@@ -19,7 +19,8 @@ An end that is the task's own is termination. The time limit stands in `default_
 truncates there and the value of the last observation counts. Dictionaries of observations, such as those
 of Playground's robots, are flattened whole, privileged parts included.
 
-XLandMiniGrid needs --devices 1: with several, the compiler of JAX 0.11 crashes on its empty arrays.
+Craftax is slow here: making a world costs many times what a step costs, and `Trials` makes spare worlds
+in every step. XLandMiniGrid needs --devices 1: with several, the compiler of JAX 0.11 crashes on its empty arrays.
 """
 
 from types import SimpleNamespace
@@ -41,9 +42,9 @@ class Adapter:
 
 
 class Craftax(Adapter):
-    """An open world; Craftax-Classic-Symbolic-v1 is its smaller version."""
+    """An open world. Craftax-Symbolic-v1 is the whole game, which takes long to compile on a CPU."""
 
-    def __init__(self, task="Craftax-Symbolic-v1"):
+    def __init__(self, task="Craftax-Classic-Symbolic-v1"):
         from craftax.craftax_env import make_craftax_env_from_name
 
         self.env = make_craftax_env_from_name(task, auto_reset=False)
