@@ -12,7 +12,8 @@ XLA fuses that code, and `vmap` adds the batch. Given numbers only, the same cod
 runs while tracing (see `merge_copies`).
 
 The semantics are those of C MuJoCo (Todorov, Erez & Tassa 2012, and the "Computation" chapter of its manual),
-with the model's own integrator, time step and friction cone:
+with the model's own integrator, time step and friction cone. Its solver, iterations and tolerance are not read:
+constraints are always solved to the end.
 
     kinematics   one pass down the tree gives poses and velocity-product accelerations of all bodies
     dynamics     M a0 = tau(q, v, u): M and the bias force are sums over bodies of Jacobian products
@@ -44,6 +45,12 @@ PLANE, SPHERE, CAPSULE = int(GEOM.mjGEOM_PLANE), int(GEOM.mjGEOM_SPHERE), int(GE
 def disabled(m, name):
     """Whether a part of the physics is disabled in the model's option flags."""
     return bool(m.opt.disableflags & int(getattr(mujoco.mjtDisableBit, f"mjDSBL_{name}")))
+
+
+def actuator_disabled(m, i):
+    """Whether actuator `i` is in a group that the model's options disable: only groups 0 to 30 can be."""
+    group = int(m.actuator_group[i])
+    return 0 <= group <= 30 and bool(m.opt.disableactuator >> group & 1)
 
 
 # ---- Partial evaluation: constant and traced scalars -------------------------------------------------------
@@ -880,6 +887,8 @@ def actuation(m, ctrl, wrap_prm):
     """Generalised forces (nv,) of motors at joints and fixed tendons: constant during a control step."""
     tau = zeros(m.nv)
     for i in range(m.nu):
+        if actuator_disabled(m, i):
+            continue
         u = ctrl[i]
         if m.actuator_ctrllimited[i] and not disabled(m, "CLAMPCTRL"):
             u = clip(u, *map(float, m.actuator_ctrlrange[i]))
@@ -925,7 +934,7 @@ def make_kinematics(model):
 
         def stack(values, *shape):
             entries = [jnp.asarray(unwrap(x, dtype), dtype) for x in np.ravel(values)]
-            return jnp.stack(entries or [jnp.zeros(0)]).reshape(shape)
+            return jnp.stack(entries or [jnp.zeros(0, dtype)]).reshape(shape)
 
         geoms = [tree.pos[b] + tree.mat[b] @ const(p) for b, p in zip(m.geom_bodyid, m.geom_pos)]
         sites = [site_position(m, tree, s) for s in range(m.nsite)]
@@ -999,6 +1008,10 @@ def make_mjx_step(model, substeps):
     from mujoco import mjx
     model = copy.copy(model)
     model.opt.enableflags &= ~int(mujoco.mjtEnableBit.mjENBL_ENERGY)
+    for i in range(model.nu):
+        if actuator_disabled(model, i):  # MJX does not read this option: a gain of 0 and no bias are the same
+            model.actuator_gaintype[i] = model.actuator_biastype[i] = 0
+            model.actuator_gainprm[i] = 0.0
     m = mjx.put_model(model)
     adr = model.sensor_adr[model.sensor_type == mujoco.mjtSensor.mjSENS_TOUCH]
     blank = mjx.make_data(model)
@@ -1012,7 +1025,11 @@ def make_mjx_step(model, substeps):
             tau = actuation(model, scalars(ctrl, dtype), scalars(wrap_prm, dtype))
             tau = jnp.stack([jnp.asarray(unwrap(x, dtype), dtype) for x in tau])
             d = d.replace(ctrl=jnp.zeros_like(d.ctrl), qfrc_applied=tau)
-        d = lax.fori_loop(0, substeps, lambda _, d: mjx.step(m, d), d)
+
+        def substep(_, d):  # under x64 MJX returns some integers as int64
+            return jax.tree.map(lambda new, old: new.astype(old.dtype), mjx.step(m, d), d)
+
+        d = lax.fori_loop(0, substeps, substep, d)
         return d.qpos, d.qvel, d.sensordata[adr]
 
     return step
@@ -1084,7 +1101,9 @@ def check(m):
              [t != TRN.mjTRN_JOINT and not (t == TRN.mjTRN_TENDON and fixed[i])
               for t, i in zip(m.actuator_trntype, target)]),
             ("sensor", "touch zones other than spheres and ellipsoids", zones),
-            ("sensor", "cutoffs of touch sensors", touch & (m.sensor_cutoff > 0))):
+            ("sensor", "cutoffs of touch sensors", touch & (m.sensor_cutoff > 0)),
+            *(("sensor", f"{field}s of touch sensors", touch & (values > 0))
+              for field, values in (("delay", m.sensor_delay), ("interval", m.sensor_interval[:, 0])))):
         for i, bad in enumerate(offending):
             if np.any(bad):
                 refuse(m, feature, kind, i)

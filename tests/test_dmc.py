@@ -309,6 +309,26 @@ def test_time_limit_through_gymnax_step():
         assert make(task)[1].max_steps_in_episode == 1000 and dm_env(task)._step_limit == 1000
 
 
+# together they have every field of DMCState and every kind of constraint
+@pytest.mark.parametrize("task", ["cartpole-swingup", "finger-turn_easy", "point_mass-hard", "ball_in_cup-catch"])
+def test_dtypes_under_x64(task):
+    """A step inside a scan keeps the float64 state; observation and reward are float32."""
+    env, params = make(task)
+
+    def step(state, key):
+        obs, state, reward, *_ = env.step(key, state, jnp.zeros(env.model.nu), params)
+        return state, (obs, reward)
+
+    def run(key):
+        obs, state = env.reset(key, params)
+        return obs, jax.lax.scan(step, state, jax.random.split(key, 3))
+
+    with jax.enable_x64(True):
+        first, (state, outputs) = jax.eval_shape(run, KEY)
+    assert {x.dtype for x in (first, *outputs)} == {jnp.dtype(jnp.float32)}
+    assert state.qpos.dtype == state.qvel.dtype == jnp.float64
+
+
 def test_mjx_backend_agrees():
     env, params = make("point_mass-hard", backend="mjx")
     fused, _ = make("point_mass-hard")
