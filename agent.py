@@ -87,11 +87,12 @@ class Agent:
         self.trials = envs.Trials(config.env[:1], 1, **self.trial_kwargs)
         self.tasks = tuple(map(plain, config.env))
         self.dmc = all(map(envs.is_dmc, config.env))
-        self.steps = saved["update"] * config.steps_per_update
+        self.steps = int(saved["update"]) * config.steps_per_update
         self.seeds = [int(agent["seed"]) for agent in saved["agents"]]
         self.settings = [dict(agent["setting"]) for agent in saved["agents"]]
         self.params, norm = saved["params"], saved["norm"]
-        self.norm = envs.Observation(**{name: algorithm.Moments(**x) for name, x in norm.items()})
+        self.norm = envs.Observation(**{name: algorithm.Moments(**x)
+                                        for name, x in norm.items() if x is not None})
 
     @property
     def family(self) -> str:
@@ -228,6 +229,9 @@ class Agent:
 
     def check(self) -> None:
         """Traces one step, which fails unless parameters and statistics fit the network."""
+        for x in jax.tree.leaves((self.params, self.norm)):
+            if not isinstance(x, np.ndarray) or x.dtype != np.float32 or len(x) != len(self.seeds):
+                raise ValueError(f"it has no float32 parameters of {len(self.seeds)} agents")
         _, observation = jax.eval_shape(self.trials.reset, jax.random.PRNGKey(0))
         params, norm = self.of_seed(0)
         for name in ("projected", "change", "context", "sysid"):

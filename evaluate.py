@@ -13,12 +13,16 @@ same projections, so that their differences are paired.
 import functools
 import itertools
 import math
+import os
 import sys
 import tempfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__":
+    os.environ["MPLBACKEND"] = "agg"  # that of a notebook need not be installed
 
 import jax
 import jax.numpy as jnp
@@ -78,80 +82,76 @@ def choose_tasks(agent: Agent, tasks: tuple[str, ...] = ()) -> tuple[str, ...]:
 
 
 # ---- Rollouts ------------------------------------------------------------------------------------
-class Variant(NamedTuple):
-    """One way to play a trial."""
-
-    policy: str  # of POLICIES
-    family: str  # of projections; what else is in a trial does not depend on it
-
-
 class TestTrials(envs.Trials):
-    """`trials` trials of every task, each in every variant: N = tasks x variants x trials.
+    """`trials` trials of every task: N = tasks x trials environments.
 
-    A trial depends on its number and on the name of its task, not on the other tasks. Its variants
-    start from the same state, and make their projections from the same normal numbers.
+    A trial depends on its number and on the name of its task, not on the other tasks. Under every
+    family of projections it starts from the same state, with matrices made of the same numbers.
 
     Args:
       agent: an Agent; DMControl tasks are made under its sizes.
       tasks: names.
-      variants: (policy, family) of each variant.
       trials: number of trials of each task.
     """
 
-    def __init__(self, agent: Agent, tasks: tuple[str, ...], variants: list[Variant], trials: int):
+    def __init__(self, agent: Agent, tasks: tuple[str, ...], trials: int):
         sizes = {"obs_size": agent.trials.obs_size, "action_size": agent.trials.action_dims}
         changes = sizes | {"projection": "gaussian"} if agent.dmc else {}
-        self.variants, self.trials = variants, trials
-        self.shape = len(tasks), len(variants), trials
+        self.shape = len(tasks), trials
+        self.families = FAMILIES if agent.dmc else (agent.family,)
         super().__init__(tasks, math.prod(self.shape), **agent.trial_kwargs | changes)
         # environment steps of a trial, (N,); an episode without a limit is followed for 1000
         limits = np.where(self.limits < envs.NO_LIMIT, self.limits, 1000)
         self.trial_steps = limits * self.episodes_per_trial
 
     def split(self, key):
-        """A key for every environment, (N, ...), the same for all variants of a trial."""
+        """A key for every environment, (N, ...)."""
         numbers = np.array([zlib.crc32(task.encode()) for task in self.tasks], np.uint32)
         of_task = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
-        keys = jax.vmap(lambda key: jax.random.split(key, self.trials))(of_task)
-        return jnp.repeat(keys[:, None], len(self.variants), 1).reshape(self.num_envs, -1)
+        keys = jax.vmap(lambda key: jax.random.split(key, self.shape[1]))(of_task)
+        return keys.reshape(self.num_envs, -1)
 
-    def played_by(self, *policies: str) -> np.ndarray:
-        """(N,) bool, whether an environment's variant has one of these policies."""
-        found = [variant.policy in policies for variant in self.variants]
-        return np.tile(np.repeat(found, self.trials), len(self.tasks))
-
-    def start(self, key):
-        """(TrialsState, Observation) at the start of all trials."""
+    def start(self, key, family):
+        """(TrialsState, Observation) at the start of all trials; family: index in `families`."""
         key, draw_key, _ = jax.random.split(key, 3)
-        state, observation = self.begin(super().draw(jax.random.split(draw_key)[0]))
+        state, observation = self.begin(self.first(jax.random.split(draw_key)[0], family))
         return state.replace(key=key), observation
+
+    def first(self, key, family):
+        """A Start for every environment."""
+        start = super().draw(key)
+        if len(self.families) == 1:
+            return start
+        return start._replace(obs_matrix=start.obs_matrix[family],
+                              act_matrix=start.act_matrix[family])
 
     def draw(self, key):
         """Starts of later episodes. None is compiled for trials of one episode, which need none."""
         if self.episodes_per_trial > 1:
-            return super().draw(key)
-        shapes = jax.eval_shape(super().draw, key)
+            return self.first(key, 0)
+        shapes = jax.eval_shape(self.first, key, 0)
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
     def _matrices(self, key, rows, cols):
-        """As envs.Trials makes them, but each variant's of its own family.
+        """As envs.Trials makes them; those of several families, (families, N, ...).
 
-        A smaller matrix is the first columns of the largest of as many rows: that compiles sooner.
+        A matrix is the first columns of a larger one, whose size is the agent's: it does not depend
+        on the other tasks, and few sizes compile sooner than many.
         """
-        families = [variant.family for variant in self.variants]
-        if "none" in families:
+        if len(self.families) == 1:
             return super()._matrices(key, rows, cols)
-        shape = max(rows), max(cols)
-        normal = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(self.split(key))
-        normal = normal.reshape(*self.shape, *shape)[:, 0]
-        made = {(r, family): envs.projection_matrix(normal[..., :r, :], family)
-                for r in set(rows) for family in set(families)}
-        blocks = []
-        for i, (r, c) in enumerate(zip(rows, cols)):
-            for family in families:
-                scale = 1.0 if family == "identity" else math.sqrt(max(cols) / c)
-                blocks.append(envs.pad_to(scale * made[r, family][i, ..., :c], shape))
-        return jnp.concatenate(blocks)
+        size = max(*rows, *cols)
+        normal = jax.vmap(lambda key: jax.random.normal(key, (size, size), jnp.float32))(
+            self.split(key))
+        made = []
+        for family in self.families:
+            larger = {r: self.blocks(envs.projection_matrix(normal[:, :r], family))
+                      for r in set(rows)}
+            scales = [1.0 if family == "identity" else math.sqrt(size / c) for c in cols]
+            made.append(jnp.concatenate([
+                envs.pad_to(scales[i] * larger[r][i][..., :c], (max(rows), max(cols)))
+                for i, (r, c) in enumerate(zip(rows, cols))]))
+        return jnp.stack(made)
 
 
 def trial_keys(place: int) -> jax.Array:
@@ -159,15 +159,8 @@ def trial_keys(place: int) -> jax.Array:
     return jax.random.split(jax.random.fold_in(jax.random.PRNGKey(EVAL_SEED), place))
 
 
-def compile_start(trials: TestTrials):
-    """trials.start, compiled."""
-    # it runs once: on a CPU, optimising it takes longer than running it
-    fast = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(trials.start, compiler_options=fast)
-
-
-def compile_rollout(agent: Agent, trials: TestTrials, deterministic=False, record=False):
-    """rollout(params, norm, state, observation, key) -> dict: one trial in each of N environments.
+def make_rollout(agent: Agent, trials: TestTrials, deterministic=False, record=False):
+    """rollout(params, norm, policy, state, observation, key) -> dict: one trial of N environments.
 
     Args:
       agent: an Agent.
@@ -176,33 +169,35 @@ def compile_rollout(agent: Agent, trials: TestTrials, deterministic=False, recor
       record: also return what a replay draws, of the first task.
 
     Returns:
-      A compiled function. params and norm are those of one seed, state and observation as from
-      trials.start. It returns arrays (T, N) over the steps of the longest trial: "lasted", the
-      environment steps in this one, 0 after the trial; "reward", 0 after the trial; "episode_end"
-      and "diverged"; with `record` also "qpos", "target", "projected" and "action", as they were
-      when the agent acted.
+      A pure function. params and norm are those of one seed, policy is an index in POLICIES, state
+      and observation are as from trials.start. It returns arrays (T, N) over the steps of the
+      longest trial: "lasted", the environment steps in this one, 0 after the trial; "reward", 0
+      after the trial; "episode_end" and "diverged"; with `record` also "qpos", "target",
+      "projected" and "action", as they were when the agent acted.
     """
-    blind, random = trials.played_by("blind"), trials.played_by("random")
-    every_step = trials.played_by("reset") | (agent.config.reset == "step")
     steps = math.ceil(max(trials.trial_steps) / min(trials.repeats))
 
-    def hide(norm, observation):
-        return observation._replace(**{
-            name: jnp.where(blind[:, None], getattr(norm, name).mean, getattr(observation, name))
-            for name in HIDDEN_FIELDS})
-
-    def choose(pi, key):
-        """Samples (argmax of logits plus Gumbel noise, the same in all variants), or modes."""
-        logits = jnp.where(random[:, None, None], 0.0, pi.distribution.logits)
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(trials.split(key))
-        return jnp.argmax(logits + noise * (random[:, None, None] | (not deterministic)), -1)
-
-    def rollout(params, norm, state, observation, key):
+    def rollout(params, norm, policy, state, observation, key):
         act = functools.partial(agent.network.apply, params, norm, critic=False)
+        blind, reset_always, random = (
+            policy == list(POLICIES).index(name) for name in ("blind", "reset", "random"))
+        every_step = reset_always | (agent.config.reset == "step")
+
+        def hide(observation):
+            return observation._replace(**{
+                name: jnp.where(blind, getattr(norm, name).mean, getattr(observation, name))
+                for name in HIDDEN_FIELDS})
+
+        def choose(pi, key):
+            """Samples (argmax of logits plus Gumbel noise, the same for all policies), or modes."""
+            logits = jnp.where(random, 0.0, pi.distribution.logits)
+            keys = trials.split(key)
+            noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
+            return jnp.argmax(logits + noise * (random | (not deterministic)), -1)
 
         def step(carry, t):
             state, observation, hidden, reset, alive = carry
-            hidden, pi, _ = act(hidden, hide(norm, observation), reset | every_step)
+            hidden, pi, _ = act(hidden, hide(observation), reset | every_step)
             action = choose(pi, jax.random.fold_in(key, t))
             result = {}
             if record:
@@ -221,70 +216,87 @@ def compile_rollout(agent: Agent, trials: TestTrials, deterministic=False, recor
         carry = state, observation, agent.network.zero_state(yes.shape), yes, yes
         return jax.lax.scan(step, carry, jnp.arange(steps))[1]
 
-    return jax.jit(rollout)
+    return rollout
+
+
+def make_play(agent: Agent, trials: TestTrials, deterministic=False, record=False):
+    """play(place, policy, family) -> (TrialsState at the start, what a rollout returns).
+
+    It plays all trials by the seed with index `place` and compiles two programs, for any policy and
+    family: at once, before this function returns.
+    """
+    rollout = jax.jit(make_rollout(agent, trials, deterministic, record))
+    # a start takes no time: on a CPU, optimising it takes longer than running it
+    fast = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    start = jax.jit(trials.start, compiler_options=fast)
+    key, number = trial_keys(0)[0], np.int32(0)
+    with ThreadPoolExecutor(1) as pool:
+        traced = start.trace(key, number)
+        starting = pool.submit(lambda: traced.lower().compile())
+        rollout = rollout.lower(*agent.of_seed(0), number, *traced.out_info, key).compile()
+        start = starting.result()
+
+    def play(place: int, policy: str, family: str):
+        start_key, noise_key = trial_keys(place)
+        state, observation = start(start_key, np.int32(trials.families.index(family)))
+        policy = np.int32(list(POLICIES).index(policy))
+        return state, jax.device_get(
+            rollout(*agent.of_seed(place), policy, state, observation, noise_key))
+
+    return play
 
 
 def measure(agent: Agent, tasks: tuple, trials: int, deterministic: bool = False) -> Result:
     """Every policy, and the agent under every family, on `trials` trials of each task and seed.
 
-    All variants and trials of a group of tasks are one compiled function. Each core has a group.
+    One compiled program plays all trials of all tasks. On a CPU each core plays one at a time.
     """
-    others = [family for family in FAMILIES if agent.dmc and family != agent.family]
-    variants = [Variant(policy, agent.family) for policy in POLICIES]
-    variants += [Variant("memory", family) for family in others]
-    bar = tqdm(total=len(tasks) * len(agent.seeds), unit="task", leave=False,
-               desc=f"testing {agent.name}: compiling, about a minute")
+    these = TestTrials(agent, tasks, trials)
+    variants = [(policy, agent.family) for policy in POLICIES]
+    variants += [("memory", family) for family in these.families if family != agent.family]
+    seeds = range(len(agent.seeds))
+    with tqdm(total=len(variants) * len(seeds), unit="test", leave=False) as bar:
+        bar.set_description(f"{agent.name}: compiling {len(tasks)} tasks, about a minute")
+        play = make_play(agent, these, deterministic)
+        bar.set_description(f"{agent.name}: playing {len(tasks)} tasks")
 
-    def play(group):
-        """(returns (tasks, variants, seeds, trials), curves (..., BINS), environment steps)"""
-        these = TestTrials(agent, group, variants, trials)
-        start, rollout = compile_start(these), compile_rollout(agent, these, deterministic)
-        found = []
-        for place in range(len(agent.seeds)):
-            start_key, noise_key = trial_keys(place)
-            state, observation = start(start_key)
-            out = rollout(*agent.of_seed(place), state, observation, noise_key)
-            bar.set_description(f"testing {agent.name}: playing")  # it is compiled now, and runs
-            out = jax.device_get(out)
+        def test(place, variant):
+            _, out = play(place, *variant)
             if diverged := out["diverged"].sum():
                 bar.write(f"{agent.name}: {diverged} trials diverged, cut short", file=sys.stderr)
-            found.append(reduce_trials(out["reward"], out["lasted"], these.episodes_per_trial,
-                                       these.trial_steps))
-            bar.update(len(group))
-        returns, curves = (np.stack([x.reshape(*these.shape, *x.shape[1:]) for x in of_seeds], 2)
-                           for of_seeds in zip(*found))
-        return returns, curves, these.trial_steps.reshape(these.shape)[:, 0, 0]
+            bar.update()
+            found = reduce_trials(out["reward"], out["lasted"], these.episodes_per_trial,
+                                  these.trial_steps)
+            return [x.reshape(*these.shape, *x.shape[1:]) for x in found]
 
-    groups = [group for i in range(devices.num_cores()) if (group := tasks[i::devices.num_cores()])]
-    with ThreadPoolExecutor(len(groups)) as pool, bar:
-        parts = list(pool.map(play, groups))
-    order = [list(itertools.chain(*groups)).index(task) for task in tasks]
-    returns, curves, steps = (np.concatenate(x)[order] for x in zip(*parts))
-    returns, curves = np.moveaxis(returns, 1, 0), np.moveaxis(curves, 1, 0)
-    by_family = {agent.family: returns[0]} | dict(zip(others, returns[len(POLICIES):]))
-    return Result(agent, tasks, dict(zip(POLICIES, returns)), dict(zip(POLICIES, curves)),
-                  {family: by_family[family] for family in FAMILIES if agent.dmc},
-                  tuple(steps.tolist()))
+        cores = devices.num_cores() if jax.default_backend() == "cpu" else 1
+        with ThreadPoolExecutor(cores) as pool:
+            found = list(pool.map(test, *zip(*itertools.product(seeds, variants))))
+    returns, curves = ({variant: np.stack(x[i::len(variants)], 1)
+                        for i, variant in enumerate(variants)} for x in zip(*found))
+    return Result(
+        agent, tasks, {policy: returns[policy, agent.family] for policy in POLICIES},
+        {policy: curves[policy, agent.family] for policy in POLICIES},
+        {family: returns["memory", family] for family in these.families if agent.dmc},
+        tuple(these.trial_steps[::trials].tolist()))
 
 
 def record_trial(agent: Agent, task: str, trials: int, deterministic: bool = False) -> dict:
     """What replay.py draws: the first seed's trial of median return, with and without memory."""
-    sides = {"memory": "with memory", "reset": "hidden state reset at every step"}
-    these = TestTrials(agent, (task,), [Variant(policy, agent.family) for policy in sides], trials)
-    start_key, noise_key = trial_keys(0)
-    state, observation = compile_start(these)(start_key)
-    rollout = compile_rollout(agent, these, deterministic, record=True)
-    out = jax.device_get(rollout(*agent.of_seed(0), state, observation, noise_key))
-    order = np.argsort(out["reward"][:, :trials].sum(0), kind="stable")
-    trial = int(order[(trials - 1) // 2])
+    these = TestTrials(agent, (task,), trials)
+    play = make_play(agent, these, deterministic, record=True)
+    played = {name: play(0, policy, agent.family) for name, policy in (
+        ("with memory", "memory"), ("hidden state reset at every step", "reset"))}
+    state, out = played["with memory"]
+    trial = int(np.argsort(out["reward"].sum(0), kind="stable")[(trials - 1) // 2])
     obs_matrix, act_matrix = (
         np.asarray(x[trial], np.float64) for x in (state.obs_matrix, state.act_matrix))
-    recorded = []
-    for v, name in enumerate(sides.values()):
-        frames = np.count_nonzero(out["lasted"][:, v * trials + trial])
-        mine = {key: np.asarray(x[:frames, v * trials + trial], float) for key, x in out.items()
+    sides = []
+    for name, (_, out) in played.items():
+        frames = np.count_nonzero(out["lasted"][:, trial])
+        mine = {key: np.asarray(x[:frames, trial], float) for key, x in out.items()
                 if x is not None}
-        recorded.append({
+        sides.append({
             "name": name, "qpos": mine["qpos"], "target": mine.get("target"),
             "reward": mine["reward"], "observed": mine["projected"], "action": mine["action"],
             "control": np.clip(mine["action"] @ act_matrix.T, -1, 1),
@@ -293,7 +305,7 @@ def record_trial(agent: Agent, task: str, trials: int, deterministic: bool = Fal
         task=task, run=agent.name, trainer=agent.trainer, seed=agent.seeds[0], trial=trial,
         trials=trials, family=agent.trials.projection, action_repeat=these.mean_repeat,
         actions="most likely" if deterministic else "sampled", held_out=task not in agent.tasks,
-        obs_matrix=obs_matrix, act_matrix=act_matrix, sides=recorded)
+        obs_matrix=obs_matrix, act_matrix=act_matrix, sides=sides)
 
 
 # ---- Command line --------------------------------------------------------------------------------

@@ -24,7 +24,8 @@ def make_run(folder, trainer=train_s5, settings=({},), seeds=(0,), **changes):
 
     def fill(path, x):
         name, shape = jax.tree_util.keystr(path), (len(agents), *x.shape)
-        value = rng.normal(size=shape).astype(x.dtype) / (np.sqrt(x.shape[0]) if x.ndim > 1 else 2)
+        value = rng.normal(size=shape) / (np.sqrt(x.shape[0]) if x.ndim > 1 else 2)
+        value = value.astype(x.dtype)
         if "log_dt" in name:
             return value - 4
         if "'C'" in name:
