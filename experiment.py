@@ -80,6 +80,7 @@ from run_folder import (  # noqa: F401
 def main(config_class: type, make_train: Callable, description: str) -> None:
     """Parses the command line, trains and evaluates. An error is one sentence and exit status 2."""
     use_cache()
+    os.environ["MPLBACKEND"] = "agg"  # that of a notebook need not be installed
     try:
         devices.start()
         config, options = parse_flags(config_class, description)

@@ -274,7 +274,7 @@ def save(this: Run, update: int, runner: Any) -> None:
     agents = agents_of(this.config, this.options)
     agent = {"trainer": trainer_of(type(this.config)),
              "config": json.loads(json.dumps(dataclasses.asdict(this.config))),  # lists for tuples
-             "members": [{"seed": seed, "setting": setting} for setting, seed in agents],
+             "agents": [{"seed": seed, "setting": setting} for setting, seed in agents],
              "update": update,
              "params": flax.serialization.to_state_dict(runner.params),
              "norm": flax.serialization.to_state_dict(runner.norm)}
@@ -335,7 +335,7 @@ def read_agent(path: Path | str) -> dict[str, Any]:
 
     Returns:
       "trainer": its name, without .py. "config": {field: value}. "update": updates done.
-      "members": {"seed", "setting": {name: value}} of each agent. "params", "norm": parameters and
+      "agents": {"seed", "setting": {name: value}} of each agent. "params", "norm": parameters and
       statistics of observations, nested dictionaries of NumPy arrays (A, ...), to which
       flax.serialization.from_state_dict gives back their types.
 

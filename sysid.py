@@ -35,6 +35,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 FORGETTING = 0.998  # the model is linear, so it holds locally: it averages over about 500 steps
 RIDGE = 1e-3        # relative to the mean square, after many steps; 1/steps is added
@@ -149,11 +150,10 @@ def features(state: State) -> jax.Array:
     goal = jnp.where(state.reward > 0, state.rewarded / (state.reward + 1e-3) / unit, o)
     drift = (o[:, :, None] * model.drift[:, :n]).sum(1) + model.drift[:, n]
     vectors = jnp.concatenate([jnp.stack([o, o - model.mean, change, goal - o, drift], 1), model.effects], 1)
-    i, j = jnp.triu_indices(vectors.shape[1])
-    in_three_metrics = [(vectors[:, i] * dual[:, j]).sum(-1) for dual in
-                        (vectors, matmul(vectors, model.metrics[:, 0]), matmul(vectors, model.metrics[:, 1]))]
-    found = jnp.concatenate(
-        [*in_three_metrics, (vectors * model.slope[:, None, :n]).sum(-1), model.slope[:, n:]], -1)
+    duals = jnp.concatenate([vectors[:, None], matmul(vectors[:, None], model.metrics)], 1)  # in three metrics
+    i, j = np.triu_indices(vectors.shape[1])
+    pairs = matmul(vectors[:, None], duals.mT)[..., i, j].reshape(len(o), -1)
+    found = jnp.concatenate([pairs, (vectors * model.slope[:, None, :n]).sum(-1), model.slope[:, n:]], -1)
     return jnp.where(fitted, jnp.arcsinh(found), 0.0)
 
 

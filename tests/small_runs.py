@@ -19,12 +19,13 @@ def make_run(folder, trainer=train_s5, settings=({},), seeds=(0,), **changes):
     config = trainer.Config(**{k: v for k, v in (SMALL | changes).items()
                                if k in {field.name for field in dataclasses.fields(trainer.Config)}})
     shapes = jax.eval_shape(trainer.make_train(config).init, jax.random.PRNGKey(0))
-    members = [{"seed": seed, "setting": setting} for setting in settings for seed in seeds]
+    agents = [{"seed": seed, "setting": setting} for setting in settings for seed in seeds]
     rng = np.random.default_rng(len(folder.name))
 
     def fill(path, x):
-        name, shape = jax.tree_util.keystr(path), (len(members), *x.shape)
-        value = rng.normal(size=shape).astype(x.dtype) / (np.sqrt(x.shape[0]) if x.ndim > 1 else 2)
+        name, shape = jax.tree_util.keystr(path), (len(agents), *x.shape)
+        value = rng.normal(size=shape) / (np.sqrt(x.shape[0]) if x.ndim > 1 else 2)
+        value = value.astype(x.dtype)
         if "log_dt" in name:
             return value - 4
         if "'C'" in name:
@@ -33,7 +34,7 @@ def make_run(folder, trainer=train_s5, settings=({},), seeds=(0,), **changes):
 
     saved = {name: jax.tree_util.tree_map_with_path(fill, flax.serialization.to_state_dict(getattr(shapes, name)))
              for name in ("params", "norm")}
-    saved |= {"trainer": trainer.__name__, "update": 3, "members": members,
+    saved |= {"trainer": trainer.__name__, "update": 3, "agents": agents,
               "config": json.loads(json.dumps(dataclasses.asdict(config)))}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "agent.msgpack").write_bytes(flax.serialization.msgpack_serialize(saved))

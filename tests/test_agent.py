@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +25,8 @@ KINDS = {  # settings of a run: projected, with sysid; bare and discrete; permut
     "DMControl": dict(**SHORT),
     "CartPole": dict(env=("CartPole-v1",), **SHORT),
     "projected CartPole": dict(env=("CartPole-v1",), projection="gaussian", obs_size=6, **SHORT),
-    "Pendulum": dict(env=("Pendulum-v1",), **SHORT)}
+    "Pendulum": dict(env=("Pendulum-v1",), **SHORT),
+    "CartPole, actions of different lengths": dict(env=("CartPole-v1",), action_repeat=(1, 2), **SHORT)}
 N, STEPS = 3, 18
 
 
@@ -44,7 +46,7 @@ def test_an_agent_acts_on_the_inputs_of_training(kind, tmp_path):
 
     @jax.jit
     def step(state, bins, t):
-        final = trials.advance(jax.random.PRNGKey(0), state, bins)[1]
+        final = trials.advance(jax.random.split(state.key, 3)[1], state, bins)[1]  # as in trials.step
         after, observation, transition = trials.step(state, bins, t)
         return after, observation, transition, linear(state, final), first(after)
 
@@ -59,7 +61,9 @@ def test_an_agent_acts_on_the_inputs_of_training(kind, tmp_path):
     other, ends = agent.network.zero_state((N,)), 0
     for t in range(STEPS):
         for name, mine, training in zip(observation._fields, inputs.observation, observation):
-            np.testing.assert_allclose(mine, training, rtol=2e-4, atol=2e-4, err_msg=f"{name} at step {t}")
+            assert (mine is None) == (training is None)
+            if mine is not None:
+                np.testing.assert_allclose(mine, training, rtol=2e-4, atol=2e-4, err_msg=f"{name} at step {t}")
         mode, _ = agent.act(hidden, inputs, deterministic=True)
         action, hidden = agent.act(hidden, inputs, jax.random.PRNGKey(t))
         other, expected = expected_action(other, observation, inputs.reset)
@@ -72,7 +76,9 @@ def test_an_agent_acts_on_the_inputs_of_training(kind, tmp_path):
             value = np.clip(np.einsum("nij,nj->ni", state.act_matrix, value), -1, 1)
         np.testing.assert_allclose(value, control, rtol=1e-5, atol=1e-6)
         state, observation, transition, final, obs = step(state, action.bins, t)
-        inputs = agent.observe(inputs, action, transition.reward, obs, transition.episode_end, final_obs=final)
+        lasted = None if transition.dt is None else transition.dt * trials.time_unit
+        inputs = agent.observe(inputs, action, transition.reward, obs, transition.episode_end, final_obs=final,
+                               lasted=lasted)
         np.testing.assert_array_equal(inputs.reset, transition.trial_end)
         ends += int(transition.trial_end.sum())
     assert ends >= N  # of trials, so that hidden state and sysid started anew
@@ -97,12 +103,129 @@ def test_without_a_final_observation_only_sysid_loses_a_step(tmp_path):
 
 
 def test_wrong_calls_are_refused_in_a_sentence(tmp_path):
+    """Mistakes of somebody who knows other libraries: each sentence says what to do."""
     agent = agent_file.load(make_run(tmp_path / "run"))
-    with pytest.raises(ValueError, match=r"expected observations \(N, 12\), got \(3, 5\)"):
-        agent.start(jnp.zeros((3, 5)))
-    hidden, inputs = agent.start(jnp.zeros((3, 12)))
+    for shape in ((3, 5), (12,), (3, 12, 1), ()):
+        with pytest.raises(ValueError, match=r"expected observations \(N, 12\) .*obs\[None\]; project them first"):
+            agent.start(jnp.zeros(shape))
+    hidden, inputs = agent.start(np.zeros((3, 12)))
+    action, _ = agent.act(hidden, inputs, deterministic=True)
     with pytest.raises(ValueError, match="needs a key"):
         agent.act(hidden, inputs)
+    with pytest.raises(ValueError, match="need the Inputs that start .* got"):
+        agent.act(hidden, jnp.zeros((3, 12)), deterministic=True)
+    good = dict(reward=np.zeros(3), obs=np.zeros((3, 12)), episode_end=np.zeros(3, bool))
+    agent.observe(inputs, action, **good)
+    with pytest.raises(ValueError, match="needs the Action that act returned"):
+        agent.observe(inputs, action.value, **good)
+    with pytest.raises(ValueError, match="need the Inputs that start"):
+        agent.observe(None, action, **good)
+    for wrong in (dict(reward=0.0), dict(reward=np.zeros((3, 1))), dict(episode_end=False),
+                  dict(trial_end=True), dict(obs=np.zeros((2, 12)))):
+        with pytest.raises(ValueError, match=r"must be of as many environments as start was given, \(3,\)"):
+            agent.observe(inputs, action, **good | wrong)
+
+
+def test_wrong_observations_of_an_unprojected_agent_are_refused(tmp_path):
+    agent = agent_file.load(make_run(tmp_path / "run", env=("CartPole-v1",), env_kwargs=()))
+    for wrong in (np.zeros(4), np.zeros((3, 5)), [np.zeros((3, 4)), np.zeros((3, 4))]):
+        with pytest.raises(ValueError, match=r"expected observations \(N, 4\) of N environments, got"):
+            agent.start(wrong)
+    with pytest.raises(ValueError) as refusal:
+        agent.start(np.zeros(4))
+    assert str(refusal.value).endswith("of one give obs[None]")  # there is nothing to project
+
+
+def damaged(change):
+    """Edits of the contents of an agent.msgpack: {what: function that changes them}."""
+    return pytest.param(change, id=change.__name__)
+
+
+def update(where, **values):
+    def change(saved):
+        (saved if where is None else saved[where]).update(values)
+    change.__name__ = f"{where or 'top'}: {values}"[:60]
+    return damaged(change)
+
+
+def fewer(*path):
+    def change(saved):
+        for key in path[:-1]:
+            saved = saved[key]
+        del saved[path[-1]]
+    change.__name__ = f"without {'/'.join(path)}"
+    return damaged(change)
+
+
+def other(function, *path):
+    def change(saved):
+        for key in path[:-1]:
+            saved = saved[key]
+        saved[path[-1]] = function(saved[path[-1]])
+    change.__name__ = f"other {'/'.join(path)}"
+    return damaged(change)
+
+
+@pytest.mark.parametrize("change", [
+    *(update(None, trainer=x) for x in (5, None, "agent", "../agent", "nothing")),
+    *(update(None, config=x) for x in (None, [], "text", {})), *(update(None, update=x) for x in ("x", None)),
+    *(update(None, agents=x) for x in (None, [], [{}], 3, [{"seed": "x", "setting": {}}], [None])),
+    *(update("config", width=x) for x in ("64", -1, 2.5, None, 16)),
+    *(update("config", env=x) for x in ([], [3], ["finger-spine"], None, "finger-spin")),
+    update("config", projection="round"), update("config", no_such_setting=1),
+    update("config", action_repeat=[0]), update("config", layers=2), update("config", obs_size=10**9),
+    update(None, params={}), update(None, params="text"), update(None, norm={}), update(None, norm=None),
+    fewer("trainer"), fewer("config"), fewer("agents"), fewer("update"), fewer("params"), fewer("norm"),
+    fewer("norm", "projected"), fewer("params", "params", "actor"), fewer("norm", "sysid", "var"),
+    other(lambda x: x[..., :-1], "norm", "projected", "mean"),
+    other(lambda x: x[..., :-1], "params", "params", "actor", "kernel"),
+    other(lambda x: np.concatenate([x, x]), "params", "params", "actor", "kernel"),
+    other(lambda x: x.astype(complex), "params", "params", "actor", "kernel"),
+    other(lambda x: "text", "params", "params", "actor", "kernel")])
+def test_an_edited_file_is_refused_in_a_sentence(change, good, tmp_path):
+    """Whatever was edited, the sentence names the file, and no agent comes of it."""
+    saved = flax.serialization.msgpack_restore(good.read_bytes())
+    change(saved)
+    path = tmp_path / "agent.msgpack"
+    path.write_bytes(flax.serialization.msgpack_serialize(saved))
+    with pytest.raises(ValueError) as refusal:
+        agent_file.load(path)
+    assert str(path) in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("part", [0.0, 0.3, 0.9, 0.999])
+def test_a_file_cut_short_is_refused(part, good, tmp_path):
+    path = tmp_path / "agent.msgpack"
+    data = good.read_bytes()
+    path.write_bytes(data[:int(part * len(data))])
+    with pytest.raises(ValueError, match="was not written by this version"):
+        agent_file.load(path)
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory, quick):
+    path = make_run(tmp_path_factory.mktemp("runs") / "good") / "agent.msgpack"
+    assert agent_file.load(path).seeds == [0]
+    return path
+
+
+@pytest.mark.parametrize("table", ["", "lr,return\n", "lr,return\nfast,1\n", "return\n3\n", "\x00\xff", "lr,return\n7,1\n"])
+def test_an_edited_ranking_is_refused(table, tmp_path):
+    folder = make_run(tmp_path / "sweep", settings=({"lr": 0.1}, {"lr": 0.01}))
+    (folder / "sweep.csv").write_text(table, encoding="latin-1")
+    with pytest.raises(ValueError, match="choose a --setting: lr=0.1; lr=0.01"):
+        agent_file.load(folder)
+
+
+def test_actions_of_different_lengths_need_their_lengths(tmp_path):
+    """The agent then observes what training's own trials give it."""
+    agent = agent_file.load(make_run(tmp_path / "run", action_repeat=(1, 3), **SHORT))
+    hidden, inputs = agent.start(np.ones((2, 12)))
+    action, _ = agent.act(hidden, inputs, deterministic=True)
+    step = functools.partial(agent.observe, inputs, action, np.ones(2), np.ones((2, 12)), np.zeros(2, bool))
+    with pytest.raises(ValueError, match="needs lasted="):
+        step()
+    np.testing.assert_allclose(step(lasted=np.array([1, 3])).observation.dt, [0.5, 1.5])
 
 
 def test_setting_and_seed_choose_the_agent(tmp_path, capsys):

@@ -1,9 +1,6 @@
-"""evaluate.py: rollouts against hand-rolled loops, statistics against scipy, files, refusals."""
+"""evaluate.py: rollouts against hand-rolled loops, choices, files, refusals."""
 
-import csv
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,7 +13,7 @@ from small_runs import TASKS, make_run
 
 import envs
 import evaluate
-import train_lstm
+import report
 import train_s5
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,14 +40,9 @@ def result(agent, quick):
 def starts(agent, quick):
     """{family: (state, observation)} of the trials of `result`'s second seed, and their TestTrials."""
     trials = evaluate.TestTrials(agent, TASKS, TRIALS)
-    families = ("gaussian", "identity", "orthogonal")
-    states, observations = evaluate.make_start(trials, families)(evaluate.trial_keys(1)[0])
-    found = {"trials": trials}
-    for v, family in enumerate(families):
-        own = states.replace(spare=None, key=None)
-        state, observation = jax.tree.map(lambda x, v=v: x[v], (own, observations))
-        found[family] = state.replace(spare=states.spare, key=states.key), observation
-    return found
+    start, key = jax.jit(trials.start), evaluate.trial_keys(1)[0]
+    found = {family: start(key, i) for i, family in enumerate(evaluate.FAMILIES)}
+    return found | {"trials": trials}
 
 
 @pytest.fixture(scope="module")
@@ -90,15 +82,44 @@ def test_policies_equal_a_hand_rolled_loop(starts, agent, result, policy):
 
 def assert_curve(result, policy, task, seed, rewards):
     """The curve of `result` is that of rewards (STEPS, TRIALS)."""
-    expected = rewards.reshape(evaluate.BINS, -1, TRIALS).mean(1).T
+    expected = rewards.reshape(report.BINS, -1, TRIALS).mean(1).T
     np.testing.assert_allclose(result.curves[policy][task, seed], expected, rtol=5e-3, atol=1e-3)
     assert task == 0 or expected.max() > 0.3 and np.ptp(expected) > 0.1  # a hanging pole pays little
+
+
+def test_all_policies_families_and_seeds_share_one_compilation(agent, monkeypatch):
+    traced = []
+    make_rollout = evaluate.make_rollout
+
+    def make(*args):
+        rollout = make_rollout(*args)
+        return lambda *x: traced.append(1) or rollout(*x)
+
+    monkeypatch.setattr(evaluate, "make_rollout", make)
+    found = evaluate.measure(agent, TASKS[:1], 1)
+    assert len(traced) == 1 and len(found.returns) == 4 and found.returns["memory"].shape == (1, 2, 1)
 
 
 def test_memory_and_observations_matter_to_the_agent(result):
     """Otherwise the test above would hold for a reset and a blindness that do nothing."""
     for other in ("reset", "blind"):
         assert not np.allclose(result.returns["memory"], result.returns[other], atol=1e-3)
+
+
+def test_random_actions_fill_the_bounds_of_the_action_space(tmp_path):
+    """Pendulum-v1 takes torques in [-2, 2]: uniform bins, stepped in gymnax itself, have the same returns."""
+    agent = evaluate.load(make_run(tmp_path / "pendulum", env=("Pendulum-v1",)))
+    found = evaluate.measure(agent, ("Pendulum-v1",), 4).returns["random"][0, 0]
+    trials = evaluate.TestTrials(agent, ("Pendulum-v1",), 4)
+    state, _ = trials.start(evaluate.trial_keys(0)[0], 0)
+    keys = jax.vmap(lambda t: trials.split(jax.random.fold_in(evaluate.trial_keys(0)[1], t)))(jnp.arange(STEPS))
+    bins = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, (1, envs.ACTION_BINS)).argmax(-1)))(keys)
+    torque = 2 * np.clip(envs.action_values()[bins], -1, 1)
+    assert torque.min() == -2 and torque.max() == 2
+    env, params = envs.make("Pendulum-v1", max_steps_in_episode=STEPS)
+    step = jax.vmap(lambda s, u: env.step_env(None, s, u, params)[1:3])
+    _, rewards = jax.lax.scan(step, state.env[0], torque)
+    np.testing.assert_allclose(found, rewards.reshape(STEPS, 4).sum(0), rtol=1e-4)
 
 
 def test_random_equals_the_bare_environment(starts, result):
@@ -132,6 +153,10 @@ def test_trials_do_not_depend_on_what_else_is_evaluated(agent, result):
     for policy, x in alone.curves.items():
         np.testing.assert_allclose(x[0], result.curves[policy][1], rtol=5e-3, atol=1e-3)
     keys = evaluate.trial_keys(0)[0]
+    larger = evaluate.TestTrials(agent, (TASKS[1], "finger-turn_easy"), TRIALS)  # 12 numbers instead of 5
+    own = evaluate.TestTrials(agent, TASKS[1:], TRIALS)
+    for one, two in zip(own.blocks(own.first(keys, 0).obs_matrix), larger.blocks(larger.first(keys, 0).obs_matrix)):
+        np.testing.assert_array_equal(one, two[:, :, :5])
     both, swapped = (evaluate.TestTrials(agent, tasks, TRIALS).split(keys) for tasks in (TASKS, TASKS[::-1]))
     np.testing.assert_array_equal(both, np.roll(swapped, TRIALS, 0))
 
@@ -156,8 +181,8 @@ def test_trials_that_end_early_and_have_several_episodes(gym_run):
     for policy, x in found.returns.items():
         curve = found.curves[policy]
         assert (curve[~np.isnan(curve)] == 1).all()  # no step counts after the end
-        whole = (~np.isnan(curve)).sum(-1) * 1500 / evaluate.BINS  # the last bin may have been cut short
-        assert (3 * x <= whole).all() and (3 * x > whole - 1500 / evaluate.BINS).all()
+        whole = (~np.isnan(curve)).sum(-1) * 1500 / report.BINS  # the last bin may have been cut short
+        assert (3 * x <= whole).all() and (3 * x > whole - 1500 / report.BINS).all()
     assert (found.returns["random"] < 60).all() and len(np.unique(found.returns["random"])) > 1
 
 
@@ -168,16 +193,6 @@ def test_all_policies_have_the_same_action_noise(gym_run):
     found = evaluate.measure(agent, ("CartPole-v1",), 4)
     for policy in evaluate.POLICIES:
         np.testing.assert_array_equal(found.returns[policy], found.returns["memory"])
-
-
-def test_reduce_trials_by_hand():
-    """One variant, two trials, 40 steps with two control steps each: the second is over after 30."""
-    alive = np.ones((40, 1, 2), bool)
-    alive[30:, 0, 1] = False
-    returns, curves = evaluate.reduce_trials(np.arange(40.0)[:, None, None] * alive, alive, 2, 2)
-    np.testing.assert_array_equal(returns[0], [390, 217.5])
-    np.testing.assert_array_equal(curves[0, 0], (np.arange(20) * 2 + 0.5) / 2)
-    np.testing.assert_array_equal(np.isnan(curves[0, 1]), [False] * 15 + [True] * 5)
 
 
 # -- projections -----------------------------------------------------------------------------------
@@ -210,7 +225,8 @@ def test_an_unprojected_agent_is_tested_where_sizes_allow(tmp_path):
     with pytest.raises(ValueError, match="finger-spin is too large .* --obs-size 9 and --action-size 2"):
         evaluate.choose_tasks(agent, ("finger-spin",))
     trials = evaluate.TestTrials(agent, ("point_mass-easy",), 2)
-    state, observation = evaluate.make_start(trials, ("identity",))(evaluate.trial_keys(0)[0])
+    place = trials.families.index("identity")
+    state, observation = jax.jit(trials.start)(evaluate.trial_keys(0)[0], place)
     q = np.concatenate([state.env[0].qpos, state.env[0].qvel], -1)
     np.testing.assert_allclose(observation.projected, np.sign(q) * np.log1p(np.abs(q)), rtol=1e-5)
     np.testing.assert_array_equal(state.act_matrix[0, 0], np.eye(2))
@@ -221,140 +237,20 @@ def test_choice_of_tasks(agent):
     assert evaluate.choose_tasks(agent, ("dmc:finger-spin", TASKS[0], "finger-spin")) == ("finger-spin", TASKS[0])
 
 
-# -- statistics ------------------------------------------------------------------------------------
-@pytest.mark.parametrize("effect", [0, 60, 300])
-@pytest.mark.parametrize("seeds", [3, 5, 10])
-def test_intervals_cover_the_truth(seeds, effect):
-    """Six tasks, 16 trials: rare large returns, and an effect of the seed that its tasks share."""
-    rng, many = np.random.default_rng(seeds), 2000
-
-    def runs():
-        return rng.normal(size=(1, seeds, 1, many)) * effect + rng.normal(size=(6, seeds, 1, many)) * effect / 3
-
-    chance = np.array([0.1, 0.2, 0.3, 0.5, 0.8, 0.9])[:, None, None, None]
-    trials = 900 * (rng.random((6, seeds, 16, many)) < chance) + rng.normal(size=(6, seeds, 16, many)) * 20
-    x, y = trials + runs(), trials + runs() + rng.normal(size=trials.shape) * 100  # two runs, the same trials
-    truth = 900 * chance[:, 0, 0, 0]
-    cases = [(evaluate.estimate(x), truth.mean()), (evaluate.estimate(x[2:3]), truth[2]),
-             (evaluate.compare(x, y), 0), (evaluate.compare(x[3:4], y[3:4]), 0)]
-    for e, value in cases:
-        assert e.over == "seeds"
-        assert 0.92 <= ((e.low <= value) & (value <= e.high)).mean() <= 0.98
+# -- files and refusals ----------------------------------------------------------------------------
+def test_with_out_nothing_is_written_into_the_run_folder(gym_run, tmp_path, capsys):
+    """It may be read-only. Here its eval is a file, in which nothing can be written by anybody."""
+    (gym_run / "eval").write_text("in the way")
+    before = sorted(path.name for path in gym_run.iterdir())
+    with pytest.raises(ValueError, match=r"cannot write into .*eval .*: choose an --out"):
+        evaluate.evaluate((gym_run,), trials=1)
+    twice = evaluate.evaluate((gym_run, gym_run), trials=1, out=tmp_path / "out")
+    assert [result.agent.name for result in twice] == ["gym", "gym (2)"]
+    for name in ("gym/report.md", "gym (2)/trials.csv", "comparison.md"):
+        assert (tmp_path / "out" / name).is_file()
+    assert sorted(path.name for path in gym_run.iterdir()) == before
 
 
-def test_statistics_equal_scipy():
-    x = np.random.default_rng(3).gamma(2.0, size=(3, 4, 5))
-    mean, low, high, _ = evaluate.estimate(x)
-    np.testing.assert_allclose(mean, x.mean())
-    np.testing.assert_allclose([low, high], scipy.stats.ttest_1samp(x.mean((0, 2)), 0).confidence_interval())
-    difference = evaluate.compare(x, 2 * x[:, ::-1])
-    expected = scipy.stats.ttest_rel(x.mean((0, 2)), 2 * x[:, ::-1].mean((0, 2))).confidence_interval()
-    np.testing.assert_allclose([difference.low, difference.high], expected)
-
-
-def test_one_seed_is_not_read_as_an_interval_over_runs(result):
-    x = np.random.default_rng(0).gamma(2.0, size=(3, 1, 8)) * 100
-    e = evaluate.estimate(x)
-    np.testing.assert_allclose([e.low, e.high], scipy.stats.ttest_1samp(x[:, 0].mean(0), 0).confidence_interval())
-    assert e.over == "trials" and re.fullmatch(r"\d+ to \d+", str(e))
-    one = result._replace(returns={policy: x[:, :1] for policy, x in result.returns.items()})
-    assert f"{TRIALS} trials of one seed" in evaluate.headline(one) and "2 seeds" in evaluate.headline(result)
-    assert np.isnan(evaluate.estimate(x[:, :, :1]).low) and str(evaluate.estimate(x[:, :, :1])) == "-"
-
-
-def test_comparisons_pair_trials_and_shared_seeds():
-    x = np.array([[[3.0, 1.0], [5.0, 5.0]]])
-    y = np.array([[[2.0, 4.0], [5.0, 1.0], [9.0, 9.0]]])
-    difference = evaluate.compare(x, y)
-    assert (difference.mean, difference.over) == (0.5, "seeds")
-    np.testing.assert_equal(evaluate.compare(x, x)[:3], (0, np.nan, np.nan))  # no spread, no interval
-    assert evaluate.compare(x[:, :1], y).over == "trials"
-
-
-def test_estimates_leave_out_what_is_over_but_no_task():
-    x = np.array([[[[1.0, 2.0], [3.0, np.nan]], [[5.0, 6.0], [7.0, np.nan]]]])
-    mean, low, high, _ = evaluate.estimate(x)
-    np.testing.assert_array_equal(mean, [4, 4])
-    assert (low < 4).all() and (high > 4).all()
-    both = evaluate.estimate(np.stack([x[0, ..., 0], np.full((2, 2), np.nan)]))  # one task was not played
-    assert np.isnan(both.mean) and evaluate.number(both.mean) == str(both) == "-"
-
-
-# -- reports ---------------------------------------------------------------------------------------
-def test_two_calls_print_and_write_the_same(run, result):
-    """Once here, once as a command in another process. The three numbers that matter come last."""
-    (run / "first").mkdir()
-    printed = evaluate.write_report(result, run / "first")
-    command = [sys.executable, ROOT / "evaluate.py", run, "--tasks", *TASKS, "--trials", str(TRIALS),
-               "--deterministic"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False,
-                          env=os.environ | {"JAX_PLATFORMS": "cpu"})
-    assert done.returncode == 0, done.stderr
-    assert_same_text(done.stdout.strip(), printed.replace(str(run / "first"), str(run / "eval")))
-    for name in ("returns.csv", "trials.csv", "curves.csv", "report.md"):
-        assert_same_text((run / "eval" / name).read_text(), (run / "first" / name).read_text())
-    assert widest(printed) <= 100
-    memory, blind = (result.returns[policy] for policy in ("memory", "blind"))
-    last = [[cell.strip() for cell in line.split("|")[2:-1]] for line in printed.splitlines()[-3:]]
-    for cells, x in zip(last, (memory[:1], memory[1:], (memory - blind)[:1])):
-        interval = scipy.stats.ttest_1samp(x.mean((0, 2)), 0).confidence_interval()
-        assert cells == ["1", evaluate.number(x.mean()), " to ".join(map(evaluate.number, interval))]
-    assert "95 % over 2 seeds" in printed
-    text = (run / "first" / "report.md").read_text()
-    assert all((run / "first" / name).stat().st_size > 1000 for name in re.findall(r"!\[\w+\]\((.+?)\)", text))
-    assert all(line.count("|") <= 7 for line in text.splitlines())  # six columns
-
-
-def assert_same_text(a, b):
-    """The same words, and numbers that differ by rounding only: a stored program may round differently."""
-    number = r"-?\d+\.\d+(?:e-?\d+)?"
-    assert re.sub(r" +|-+", " ", re.sub(number, "#", a)) == re.sub(r" +|-+", " ", re.sub(number, "#", b))
-    numbers = [np.array(re.findall(number, text), float) for text in (a, b)]
-    np.testing.assert_allclose(*numbers, rtol=5e-3, atol=2e-2)
-
-
-def widest(text):
-    """Length of the longest line without a path."""
-    return max(len(line) for line in text.splitlines() if not line.startswith("more: "))
-
-
-def test_csv_files_hold_every_trial(run, agent, result, tmp_path):
-    evaluate.write_tables(result, tmp_path)
-    with (tmp_path / "trials.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 2 * 2 * TRIALS * (len(evaluate.POLICIES) + len(evaluate.FAMILIES) - 1)
-    blind = [float(r["return"]) for r in rows if (r["task"], r["policy"], r["seed"]) == (TASKS[1], "blind", "1")]
-    np.testing.assert_allclose(blind, result.returns["blind"][1, 1], rtol=1e-4)
-    with (tmp_path / "returns.csv").open() as file:
-        rows = {(r["task"], r["policy"], r["projection"]): r for r in csv.DictReader(file)}
-    row, x = rows[TASKS[1], "memory", "identity"], result.projections["identity"][1:]
-    np.testing.assert_allclose([float(row[k]) for k in ("mean", "low", "high")], evaluate.estimate(x)[:3], rtol=1e-4)
-    np.testing.assert_allclose(float(row["iqm"]), scipy.stats.trim_mean(x.ravel(), 0.25), rtol=1e-4)
-    row, x = rows[TASKS[0], "memory - blind", "gaussian"], result.returns["memory"] - result.returns["blind"]
-    np.testing.assert_allclose(float(row["mean"]), x[0].mean(), rtol=1e-4)
-
-
-def test_comparison_of_runs(tmp_path, capsys):
-    """An LSTM trained on gaussian projections; S5 trained on none, its hidden state reset in every step."""
-    lstm = make_run(tmp_path / "lstm", train_lstm, seeds=(0, 1), sysid=False)
-    step = make_run(tmp_path / "step", reset="step", projection="identity")
-    found = evaluate.evaluate((lstm, step), tasks=TASKS, trials=TRIALS, out=tmp_path / "out")
-    np.testing.assert_array_equal(found[1].returns["memory"], found[1].returns["reset"])
-    np.testing.assert_array_equal(found[1].projections["identity"], found[1].returns["memory"])
-    assert widest(capsys.readouterr().out) <= 100
-    with (tmp_path / "out" / "comparison.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [(r["run"], r["other"], r["tasks"], r["over"]) for r in rows] == [
-        ("lstm", "step", "trained on", "trials"), ("lstm", "step", "held out", "trials")]  # one has one seed
-    for i, row in enumerate(rows):
-        a, b = (r.returns["memory"][i, 0] for r in found)
-        np.testing.assert_allclose(float(row["mean"]), (a - b).mean(), rtol=1e-4)
-    text = (tmp_path / "out" / "comparison.md").read_text()
-    assert "step: train_s5, projection identity" in text and "lstm: train_lstm, projection gaussian" in text
-    assert all((tmp_path / "out" / name).exists() for name in re.findall(r"!\[\w+\]\((.+?)\)", text))
-
-
-# -- refusals --------------------------------------------------------------------------------------
 def test_refusals(run, gym_run, tmp_path, monkeypatch, capsys):
     def refusal(*flags):
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags)])
@@ -371,16 +267,22 @@ def test_refusals(run, gym_run, tmp_path, monkeypatch, capsys):
     assert "not written by this version" in refusal(broken)
     assert "finger-spin" in refusal(run, "--tasks", "finger-spine")
     assert "finger-spin" in refusal(run, "--replay", "finger-spine")
+    assert "DMControl tasks" in refusal(run, "--tasks", "CartPole-v1")
     assert "seeds: 0, 1" in refusal(run, "--seed", "7")
+    for setting in ("lr", "lr=fast", "=", str(run)):
+        assert "expected NAME=NUMBER" in refusal(run, "--setting", setting)
     small = make_run(tmp_path / "small", obs_size=6)
     assert "needs an agent trained with --obs-size 12" in refusal(small, "--tasks", "finger-turn_easy")
-    assert "trials" in refusal(run, "--trials", "0")
+    for trials in ("0", "-1", "1000000000"):
+        assert "trials" in refusal(run, "--trials", trials)
     assert "replays draw DMControl tasks only" in refusal(gym_run, "--gif", "CartPole-v1")
     assert "not from DMControl" in refusal(gym_run, "--tasks", "finger-spin")
+    (tmp_path / "file").write_text("")
+    assert "choose an --out" in refusal(run, "--out", tmp_path / "file")
 
 
 def test_imports_run_one_way():
-    """evaluate -> agent -> experiment -> logs -> run_folder -> devices, without a circle.
+    """evaluate -> report -> agent -> run_folder -> devices, without a circle.
 
     Agents find their trainer by name.
     """
@@ -388,9 +290,9 @@ def test_imports_run_one_way():
         found = re.findall(r"^(?:import|from) (\w+)", (ROOT / f"{name}.py").read_text(), re.M)
         return {f for f in found if (ROOT / f"{f}.py").exists()}
 
-    assert imported("evaluate") == {"agent", "devices", "envs", "experiment", "replay"}
-    assert imported("agent") == {"envs", "experiment"} and imported("experiment") == {
-        "devices", "logs", "run_folder"}
+    assert imported("evaluate") == {"agent", "devices", "envs", "experiment", "replay", "report"}
+    assert imported("report") == {"agent", "logs"} and imported("agent") == {"envs", "run_folder"}
+    assert imported("experiment") == {"devices", "logs", "run_folder"}
     assert imported("logs") == {"run_folder"} and imported("run_folder") == {"devices"}
     assert imported("replay") == {"dmc"} and imported("dmc") == {"physics"}
     assert imported("devices") == imported("envs") == imported("physics") == imported("sysid") == set()

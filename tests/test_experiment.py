@@ -58,7 +58,7 @@ def test_metrics_and_agents_are_those_of_the_trainer(whole):
     assert agent == experiment.read_agent(whole / "agent.msgpack") | {
         "params": agent["params"], "norm": agent["norm"]}
     assert toy.Config(**agent["config"]) == config and agent["trainer"] == "toy"
-    assert agent["members"] == [{"seed": 0, "setting": {}}, {"seed": 1, "setting": {}}]
+    assert agent["agents"] == [{"seed": 0, "setting": {}}, {"seed": 1, "setting": {}}]
     assert agent["update"] == config.num_updates
     table = experiment.read_metrics(whole)
     for seed in (0, 1):

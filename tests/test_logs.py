@@ -34,8 +34,8 @@ def test_a_sweep_ranks_settings_that_train_as_if_alone(tmp_path, capsys):
     swept = [row["loss"] for row in experiment.read_metrics(folder)
              if (row["lr"], row["decay"]) == (1e-3, 0.5)]
     np.testing.assert_allclose(swept, [row["loss"] for row in alone], rtol=1e-4)
-    members = experiment.read_agent(folder)["members"]
-    assert members[3] == {"seed": 1, "setting": {"lr": 0.1, "decay": 0.9}} and len(members) == 8
+    agents = experiment.read_agent(folder)["agents"]
+    assert agents[3] == {"seed": 1, "setting": {"lr": 0.1, "decay": 0.9}} and len(agents) == 8
 
 
 @pytest.mark.parametrize("sweep,message", [
