@@ -19,7 +19,6 @@ import tempfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 if __name__ == "__main__":
     os.environ["MPLBACKEND"] = "agg"  # that of a notebook need not be installed

@@ -209,7 +209,8 @@ def good(tmp_path_factory, quick):
     return path
 
 
-@pytest.mark.parametrize("table", ["", "lr,return\n", "lr,return\nfast,1\n", "return\n3\n", "\x00\xff", "lr,return\n7,1\n"])
+@pytest.mark.parametrize("table", [
+    "", "lr,return\n", "lr,return\nfast,1\n", "return\n3\n", "\x00\xff", "lr,return\n7,1\n"])
 def test_an_edited_ranking_is_refused(table, tmp_path):
     folder = make_run(tmp_path / "sweep", settings=({"lr": 0.1}, {"lr": 0.01}))
     (folder / "sweep.csv").write_text(table, encoding="latin-1")

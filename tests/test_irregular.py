@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rollouts import Clock, ClockParams
+from small import SMALL, bitwise, small
 
 import envs
 import sysid
 import train_lstm
 import train_s5
-from rollouts import Clock, ClockParams
-from small import SMALL, bitwise, small
 
 KEY = jax.random.PRNGKey(0)
 PLAIN = dict(projection="none", sysid=False, privileged=False)
