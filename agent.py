@@ -178,8 +178,10 @@ class Agent:
         trial_end = end & (episode >= trials.episodes_per_trial) if trial_end is None else trial_end
         trial_end, no = jnp.asarray(trial_end, bool), jnp.zeros_like(end)
         last = obs if final_obs is None else envs.select(end, self._flat(final_obs), obs)
-        transition = envs.Transition(jnp.asarray(reward, jnp.float32), end, no, trial_end,
-                                     end if final_obs is None else no, None, None, dt)
+        transition = envs.Transition(
+            reward=jnp.asarray(reward, jnp.float32), terminated=end, truncated=no,
+            trial_end=trial_end, diverged=end if final_obs is None else no, episode_return=None,
+            whole_episode=None, dt=dt)
         own_action = trials.observed_action(action.bins)
         sysid, features = trials.identify(state, own_action, last, transition, inputs.step)
         state = state.replace(

@@ -302,7 +302,7 @@ def record_trial(agent: Agent, task: str, trials: int, deterministic: bool = Fal
             "ends": np.flatnonzero(mine["episode_end"]).tolist()})
     return dict(
         task=task, run=agent.name, trainer=agent.trainer, seed=agent.seeds[0], trial=trial,
-        trials=trials, family=agent.trials.projection, action_repeat=these.mean_repeat,
+        trials=trials, family=agent.trials.projection, action_repeat=float(these.mean_repeat),
         actions="most likely" if deterministic else "sampled", held_out=task not in agent.tasks,
         obs_matrix=obs_matrix, act_matrix=act_matrix, sides=sides)
 

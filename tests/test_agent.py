@@ -52,8 +52,7 @@ def test_an_agent_acts_on_the_inputs_of_training(kind, tmp_path):
 
     @jax.jit
     def expected_action(hidden, observation, reset):
-        act = functools.partial(agent.network.apply, agent.first[0], critic=False, method="step")
-        hidden, pi, _ = act(agent.first[2], agent.first[1], hidden, observation, reset)
+        hidden, pi, _ = agent.network.apply(*agent.of_seed(0), hidden, observation, reset, critic=False)
         return hidden, pi.mode()
 
     state, observation = trials.reset(jax.random.PRNGKey(1), stagger=False)

@@ -60,14 +60,10 @@ def test_policies_equal_a_hand_rolled_loop(starts, agent, result, policy):
     network = train_s5.make_train(config).network
     params, norm = jax.tree.map(lambda x: x[1], (agent.params, agent.norm))  # of the second seed
 
-    def sequence(network, hidden, observation, reset):
-        hidden, x = network.features(norm, observation, hidden, reset)
-        return hidden, network.policy(x)
-
     @jax.jit
     def step(state, observation, hidden, reset, t):
         one = jax.tree.map(lambda x: x[None], observation)
-        hidden, pi = network.apply(params, hidden, one, reset[None], method=sequence)
+        hidden, pi, _ = network.apply(params, norm, hidden, one, reset[None], critic=False)
         state, observation, transition = trials.step(state, pi.mode()[0], t)
         return state, observation, hidden, transition.reward
 
@@ -153,10 +149,9 @@ def test_trials_do_not_depend_on_what_else_is_evaluated(agent, result):
     for policy, x in alone.curves.items():
         np.testing.assert_allclose(x[0], result.curves[policy][1], rtol=5e-3, atol=1e-3)
     keys = evaluate.trial_keys(0)[0]
-    larger = evaluate.TestTrials(agent, (TASKS[1], "finger-turn_easy"), TRIALS)  # 12 numbers instead of 5
-    own = evaluate.TestTrials(agent, TASKS[1:], TRIALS)
-    for one, two in zip(own.blocks(own.first(keys, 0).obs_matrix), larger.blocks(larger.first(keys, 0).obs_matrix)):
-        np.testing.assert_array_equal(one, two[:, :, :5])
+    alone = evaluate.TestTrials(agent, TASKS[1:], TRIALS)._matrices(keys, [12], [5])
+    beside = evaluate.TestTrials(agent, (*TASKS[1:], "finger-turn_easy"), TRIALS)._matrices(keys, [12, 12], [5, 12])
+    np.testing.assert_allclose(beside[:, :TRIALS, :, :5], alone, rtol=1e-6)
     both, swapped = (evaluate.TestTrials(agent, tasks, TRIALS).split(keys) for tasks in (TASKS, TASKS[::-1]))
     np.testing.assert_array_equal(both, np.roll(swapped, TRIALS, 0))
 
@@ -229,7 +224,7 @@ def test_an_unprojected_agent_is_tested_where_sizes_allow(tmp_path):
     state, observation = jax.jit(trials.start)(evaluate.trial_keys(0)[0], place)
     q = np.concatenate([state.env[0].qpos, state.env[0].qvel], -1)
     np.testing.assert_allclose(observation.projected, np.sign(q) * np.log1p(np.abs(q)), rtol=1e-5)
-    np.testing.assert_array_equal(state.act_matrix[0, 0], np.eye(2))
+    np.testing.assert_array_equal(state.act_matrix[0], np.eye(2))
 
 
 def test_choice_of_tasks(agent):
