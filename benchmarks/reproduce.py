@@ -241,7 +241,7 @@ def play_two_trials(agent, seed):
     """Returns the mean return of every episode (SHOWN,) of the second trial of TRIALS environments."""
     config, network, key = agent.config, agent.network, jax.random.PRNGKey(seed)
     trials = envs.Trials(config.env, TRIALS, **agent.trial_kwargs | {"episodes_per_trial": SHOWN})
-    params, norm = agent.first
+    params, norm = agent.of_seed(0)
 
     def play():
         state, observation = trials.reset(key, stagger=False)

@@ -289,7 +289,7 @@ def test_single_task_tells_how_far_each_task_has_come(load, main, tmp_path, monk
     for run, best in zip(module.runs_of("walker-walk", 900, 2), (300.0, 500.0)):
         config, _ = config_of(run)
         kwargs = train_s5.make_trial_kwargs(config)
-        assert kwargs["projection"] == "none" and kwargs["action_repeat"] == 1
+        assert kwargs["projection"] == "none" and kwargs["action_repeat"] == (1,)
         write_run(run.path, config, [{"update": i, "steps": 100 * i, "seed": 0, "return/walker-walk": x}
                                      for i, x in ((1, 0.0), (2, best))])
     flags = ("--jobs", "0", "--seeds", "2", "--total-timesteps", "900", "--tasks", "walker-walk", "hopper-hop")

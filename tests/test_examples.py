@@ -62,7 +62,7 @@ def test_own_memory_step_equals_sequence():
     hidden = hidden + 1.0
     reset = jnp.zeros((T, B), bool).at[4].set(True).at[6, 0].set(True)
     expected, whole = memory.apply(params, hidden, x, reset)
-    step = jax.jit(lambda *args: memory.apply(params, (), *args, method="step"))
+    step = jax.jit(lambda *args: memory.apply(params, *args, method="step"))
     kept = hidden
     for t in range(T):
         kept, y = step(kept, x[t], reset[t])
@@ -305,7 +305,7 @@ def test_attention_cache_carries_over_and_forgets_at_resets(chunk, monkeypatch):
     monkeypatch.setattr(train_transformer, "CHUNK", chunk)
     memory, params, hidden, x = attention(layers=2)
     run = jax.jit(lambda *args: memory.apply(params, *args))
-    step = jax.jit(lambda *args: memory.apply(params, (), *args, method="step"))
+    step = jax.jit(lambda *args: memory.apply(params, *args, method="step"))
     reset = jnp.zeros(x.shape[:2], bool).at[9].set(True).at[14, 0].set(True)
     _, whole = run(hidden, x, reset)
     kept, parts = hidden, []
