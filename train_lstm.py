@@ -265,15 +265,20 @@ class ActorCritic(nn.Module):
           the task's rewards or None).
         """
         hidden, x = self.features(norm, hidden, observation, reset)
-        logits = flat(lambda x: self.policy_head(nn.gelu(self.actor(x))), x)
-        logits = logits.reshape(*reset.shape, self.action_dims, self.num_bins)
-        policy = distrax.Independent(distrax.Categorical(logits=logits), 1)
-        if not critic:
-            return hidden, policy, None
+        return hidden, self.policy(x), self.value(norm, x, observation) if critic else None
+
+    def policy(self, features):
+        """Distribution of actions (..., action_dims) int32, independent bins in every dimension."""
+        logits = flat(lambda x: self.policy_head(nn.gelu(self.actor(x))), features)
+        logits = logits.reshape(*logits.shape[:-1], self.action_dims, self.num_bins)
+        return distrax.Independent(distrax.Categorical(logits=logits), 1)
+
+    def value(self, norm, features, observation):
+        """(...) float32, in the scale of the task's rewards."""
         if observation.state.shape[-1]:
             state = flat(self.state_encoder, norm.state.normalise(observation.state))
-            x = jnp.concatenate([x, state], -1)
-        return hidden, policy, flat(lambda x: self.value_head(nn.gelu(self.critic(x))), x)[..., 0]
+            features = jnp.concatenate([features, state], -1)
+        return flat(lambda x: self.value_head(nn.gelu(self.critic(x))), features)[..., 0]
 
     def features(self, norm, hidden, observation, reset):
         """(hidden state, features (..., 2 width) for the heads).
