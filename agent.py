@@ -125,7 +125,11 @@ class Agent:
           key: jax.random key, a new one in every step.
           deterministic: take the most likely action instead of a sample; no key is needed.
         """
-        _check_inputs(inputs)
+        _check("inputs", inputs, Inputs, "start or the last observe")
+        like = jax.eval_shape(lambda: self.network.zero_state(inputs.reset.shape))
+        if jax.tree.map(jnp.shape, hidden) != jax.tree.map(jnp.shape, like):
+            raise ValueError("hidden must be the hidden state that start or the last act returned, "
+                             "of as many environments as inputs")
         if key is None and not deterministic:
             raise ValueError("act needs a key, or deterministic=True")
         reset = inputs.reset | (self.config.reset == "step")
@@ -155,10 +159,8 @@ class Agent:
           lasted: (N,) environment steps for which the action was held. Only agents trained with
             actions of different lengths need it.
         """
-        _check_inputs(inputs)
-        if not isinstance(action, Action):
-            raise ValueError("observe needs the Action that act returned, not its value, got "
-                             f"{type(action).__name__}")
+        _check("inputs", inputs, Inputs, "start or the last observe")
+        _check("action", action, Action, "act")
         trials, state, obs = self.trials, inputs.state, self._flat(obs)
         shape = inputs.reset.shape
         dt = None
@@ -244,10 +246,11 @@ class Agent:
                        self.network.zero_state((1,)), observation, jnp.ones(1, bool))
 
 
-def _check_inputs(inputs: Any) -> None:
-    if not isinstance(inputs, Inputs):
-        raise ValueError("act and observe need the Inputs that start or the last observe returned, "
-                         f"got {type(inputs).__name__}")
+def _check(name: str, x: Any, kind: type, source: str) -> None:
+    """ValueError unless an argument is what another method returned."""
+    if not isinstance(x, kind):
+        found = "an array" if isinstance(x, (jax.Array, np.ndarray)) else type(x).__name__
+        raise ValueError(f"{name} must be the {kind.__name__} that {source} returned, got {found}")
 
 
 def load(path: Path | str, setting: Mapping[str, float] = {}, seed: int | None = None) -> Agent:

@@ -187,7 +187,7 @@ def write_gif(data, path, max_bytes=1_500_000):
     """Writes the first side of `data` as a GIF of at most `max_bytes`, in real time or faster.
 
     A frame shows the bodies, time, reward and return so far, and what the agent observes. Where the
-    file would be too large, it has fewer frames a second.
+    file would be too large, it has fewer frames a second. ValueError if one frame is too large.
     """
     drawn = page(data)
     every = max(1, round(0.08 / drawn["seconds"]))
@@ -198,6 +198,9 @@ def write_gif(data, path, max_bytes=1_500_000):
                        duration=max(20, round(1000 * every * drawn["seconds"] / 10) * 10))
         if path.stat().st_size <= max_bytes:
             return
+        if len(images) == 1:
+            path.unlink()
+            raise ValueError(f"no GIF of {drawn['task']} has at most {max_bytes} bytes")
         every *= 2
 
 

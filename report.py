@@ -214,16 +214,19 @@ STYLES = (("#0072B2", "o", "-"), ("#009E73", "D", "-."), ("#D55E00", "v", "--"),
 
 
 def plot_returns(result: Result, series: dict[str, np.ndarray], path: Path) -> None:
-    """Returns by task with intervals, a panel for each group; series as Result.returns."""
+    """Returns by task with intervals and, of few, each seed; series as Result.returns."""
     found = groups(result)
     height = max(len(index) for index in found.values()) * (0.15 + 0.09 * len(series))
     figure, axes = logs.panels(len(found), 1, 7, 1.2 + height)
     for axis, (group, index) in zip(axes[:, 0], found.items()):
         rows = rows_of(result, index)
         for k, (name, x) in enumerate(series.items()):
+            colour, marker, _ = STYLES[k % len(STYLES)]
             y = np.arange(len(rows)) + (k - (len(series) - 1) / 2) * 0.8 / len(series)
             mean, _, high, _ = zip(*(estimate(x[which]) for _, which in rows))
-            colour, marker, _ = STYLES[k % len(STYLES)]
+            if few_seeds(x):
+                seeds = np.stack([x[which].mean((0, 2)) for _, which in rows])
+                axis.plot(seeds, y, ".", color=colour, ms=7, alpha=0.4)
             axis.errorbar(mean, y, xerr=np.nan_to_num(np.subtract(high, mean)), fmt=marker,
                           color=colour, ms=4, lw=1, capsize=1.5, label=plain_label(name))
         axis.set(yticks=range(len(rows)), yticklabels=[label for label, _ in rows],
@@ -256,8 +259,10 @@ def plot_curves(result: Result, series: dict[str, np.ndarray], path: Path) -> No
 
 
 # ---- Reports -------------------------------------------------------------------------------------
-INTERVALS = """95 %: t interval of the mean over seeds (training runs), or over the trials of the only seed, which
-says nothing about other seeds. No interval covers runs that collapse: few seeds rarely hold one."""
+INTERVALS = """\
+95 %: t interval of the mean over seeds (training runs), or over the trials of the only seed, which
+says nothing about other seeds. It may reach beyond what is possible. No interval covers runs that
+collapse: few seeds rarely hold one."""
 NOTES = f"""A return is the sum of the rewards of an episode, or the mean over a trial's episodes.
 Policies: {"; ".join(f"*{name}*, {text}" for name, text in POLICIES.items())}.
 {INTERVALS}

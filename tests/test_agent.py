@@ -111,13 +111,16 @@ def test_wrong_calls_are_refused_in_a_sentence(tmp_path):
     action, _ = agent.act(hidden, inputs, deterministic=True)
     with pytest.raises(ValueError, match="needs a key"):
         agent.act(hidden, inputs)
-    with pytest.raises(ValueError, match="need the Inputs that start .* got"):
+    with pytest.raises(ValueError, match="inputs must be the Inputs that start or .* got an array"):
         agent.act(hidden, jnp.zeros((3, 12)), deterministic=True)
+    for wrong in (None, jnp.zeros((3, 8)), agent.start(np.zeros((2, 12)))[0]):
+        with pytest.raises(ValueError, match="hidden must be the hidden state that start or the last act returned"):
+            agent.act(wrong, inputs, deterministic=True)
     good = dict(reward=np.zeros(3), obs=np.zeros((3, 12)), episode_end=np.zeros(3, bool))
     agent.observe(inputs, action, **good)
-    with pytest.raises(ValueError, match="needs the Action that act returned"):
+    with pytest.raises(ValueError, match="action must be the Action that act returned, got an array"):
         agent.observe(inputs, action.value, **good)
-    with pytest.raises(ValueError, match="need the Inputs that start"):
+    with pytest.raises(ValueError, match="inputs must be the Inputs .* got NoneType"):
         agent.observe(None, action, **good)
     for wrong in (dict(reward=0.0), dict(reward=np.zeros((3, 1))), dict(episode_end=False),
                   dict(trial_end=True), dict(obs=np.zeros((2, 12)))):

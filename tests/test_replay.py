@@ -124,6 +124,9 @@ def test_the_gif_plays_in_real_time_and_stays_small(data, tmp_path):
             durations.append(len(shown) * image.info["duration"])
         assert len(shown) > 1 and (shown[0] != shown[-1]).any()
     np.testing.assert_allclose(durations, STEPS * 0.02 * 1000, rtol=0.35)
+    with pytest.raises(ValueError, match="no GIF of reacher-easy has at most 100 bytes"):
+        replay.write_gif(data, tmp_path / "trial.gif", max_bytes=100)
+    assert not (tmp_path / "trial.gif").exists()
 
 
 def test_a_replay_is_a_trial_of_the_table(agent, data):
