@@ -222,6 +222,7 @@ def test_a_signal_saves_first(
         if update == 6:
             signal.raise_signal(number)
 
+    heed_ctrl_c()
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     with monkeypatch.context() as patch, pytest.raises(error) as stop:
         patch.setattr(logs.Logs, "add", add)
@@ -241,7 +242,12 @@ def started(script, *flags, **variables):
     """A trainer as a process, on one device."""
     env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"} | variables
     return subprocess.Popen([sys.executable, str(ROOT / script), *flags], env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed_ctrl_c)
+
+
+def heed_ctrl_c():
+    """Ctrl-C is ignored by what a script runs in the background."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def wait_until(process, condition):

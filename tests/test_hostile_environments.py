@@ -112,7 +112,7 @@ def test_trials_can_be_scanned_in_64_bits(env):
     """JAX_ENABLE_X64. By abstract evaluation: what fails is the types of the carry."""
     with jax.enable_x64(True):
         _, observation, transition, _ = jax.eval_shape(scanned(env), KEY)
-    assert {x.dtype for x in observation} == {np.dtype(np.float32)}
+    assert {x.dtype for x in jax.tree.leaves(observation)} == {np.dtype(np.float32)}
     assert transition.reward.dtype == transition.episode_return.dtype == np.float32
 
 
