@@ -41,7 +41,8 @@ class Logs(contextlib.ExitStack):
         self.boards = [  # purge_step: what was logged after the checkpoint is not shown twice
             self.enter_context(SummaryWriter(
                 str(this.folder / "tensorboard" / name),
-                purge_step=update * steps + 1 if this.options.resume else None))
+                purge_step=update * steps + 1 if this.options.resume else None,
+                filename_suffix=f".{update}"))  # names of one second would be equal without it
             for name in self.names]
         self.bar = self.enter_context(tqdm(
             total=len(agents) * this.config.num_updates * steps, unit="step", unit_scale=True,

@@ -261,8 +261,12 @@ def events_of(folder):
             data = data[16 + size:]
 
 
-def test_tensorboard_has_a_curve_for_each_agent(tmp_path, no_figures):
-    """In a folder of its own. On resume what came after the checkpoint is purged."""
+def test_tensorboard_has_a_curve_for_each_agent(tmp_path, no_figures, monkeypatch):
+    """In a folder of its own. On resume what came after the checkpoint is purged.
+
+    The clock stands still: files of one second must not replace each other.
+    """
+    monkeypatch.setattr("time.time", lambda: 1e9)
     folder = train(tmp_path / "run", sweep=("lr=0.1,0.001",))
     names = {path.name for path in (folder / "tensorboard").iterdir()}
     assert names == {f"lr={lr},seed={seed}" for lr in ("0.1", "0.001") for seed in (0, 1)}
