@@ -28,18 +28,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 # ---- Start-up ------------------------------------------------------------------------------------
-def start(patience: float = 60.0) -> None:
+def start(patience: float = 120.0) -> None:
     """Makes each core of a CPU a device and joins the other processes. Call it before JAX is used.
 
-    ValueError: invalid variables, no device, or no answer from the coordinator for `patience` s.
+    ValueError: invalid variables, no device, or processes that do not find each other in `patience` s.
     """
     if jax.config.jax_num_cpu_devices < 0 and "device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # JAX is in use: its devices stay as they are
             jax.config.update("jax_num_cpu_devices", num_cores())
     coordinator, num_processes, process_id = read_processes(os.environ)
     if num_processes > 1 and not jax.distributed.is_initialized():
-        if process_id > 0:
-            wait_for(coordinator, patience)
+        roll_call(coordinator, num_processes, process_id, patience)
         jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
         # the others end after so many seconds without the heartbeat of one that is gone
         jax.distributed.initialize(
@@ -70,17 +69,61 @@ def read_processes(variables: Mapping[str, str]) -> tuple[str, int, int]:
     return coordinator, int(count), int(process)
 
 
-def wait_for(coordinator: str, patience: float) -> None:
-    """Returns when the coordinator answers. ValueError: none did. (JAX would abort.)"""
+def roll_call(coordinator: str, count: int, process: int, patience: float) -> None:
+    """Returns in every process when each has called process 0, at the coordinator's address.
+
+    ValueError, in all of them: one is missing, or two have the same number. (JAX would abort.)
+    """
     host, _, port = coordinator.rpartition(":")
     deadline = time.monotonic() + patience
+    try:
+        answer = (answer_calls(int(port), count, deadline) if process == 0 else
+                  call_first(host.strip("[]"), int(port), process, deadline))
+    except (OSError, OverflowError) as error:  # OverflowError: no such port
+        doing = "cannot listen" if process == 0 else "does not answer"
+        raise ValueError(f"process 0 {doing} at {coordinator} ({error})") from None
+    if answer != "go":
+        raise ValueError(answer or f"process 0 at {coordinator} ended")
+
+
+def answer_calls(port: int, count: int, deadline: float) -> str:
+    """Returns what process 0 answers to the calls of the others."""
+    numbers, calls = [], []
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(socket.create_server(("", port)))
+        answer = "go"
+        while answer == "go" and len(numbers) < count - 1:
+            server.settimeout(max(deadline - time.monotonic(), 0.01))
+            try:
+                call = stack.enter_context(server.accept()[0])
+            except TimeoutError:
+                missing = sorted(set(range(1, count)) - set(numbers))
+                answer = f"no call from process {', '.join(map(str, missing))}"
+                break
+            call.settimeout(5)
+            with contextlib.suppress(OSError):
+                number = int.from_bytes(call.recv(4), "big")
+                if number in numbers:
+                    answer = f"two processes have JAX_PROCESS_ID={number}"
+                if 0 < number < count:  # else it is something else that called
+                    numbers.append(number)
+                    calls.append(call)
+        for call in calls:
+            call.sendall(answer.encode())
+    return answer
+
+
+def call_first(host: str, port: int, process: int, deadline: float) -> str:
+    """Returns the answer of process 0. OSError: it did not answer before the deadline."""
     while True:
         try:
-            return socket.create_connection((host, int(port)), timeout=5).close()
-        except (OSError, OverflowError) as error:  # OverflowError: no such port
+            with socket.create_connection((host, port), timeout=5) as call:
+                call.sendall(process.to_bytes(4, "big"))
+                call.settimeout(None)
+                return call.makefile().read()
+        except OSError:
             if time.monotonic() > deadline:
-                raise ValueError(
-                    f"no answer from the coordinator, {coordinator} ({error})") from None
+                raise
             time.sleep(0.5)
 
 

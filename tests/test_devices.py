@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -49,19 +50,45 @@ def test_processes_are_read_from_the_environment(count, process, coordinator, ex
     assert expected in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_coordinator_that_does_not_answer_ends_the_command(monkeypatch, capsys):
+@pytest.mark.parametrize("process,address,reason", [
+    (1, "localhost:9", "does not answer"), (1, "localhost:99999", "does not answer"),
+    (0, "localhost:99999", "cannot listen"), (0, "localhost:{taken}", "cannot listen")])
+def test_a_process_that_cannot_join_ends_the_command(monkeypatch, capsys, process, address, reason):
     """Nobody listens on port 9; there is no port 99999."""
     monkeypatch.setattr(sys, "argv", ["toy.py"])
     monkeypatch.setattr(devices, "start", functools.partial(devices.start, patience=0))
     monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
-    monkeypatch.setenv("JAX_PROCESS_ID", "1")
-    for address in ("localhost:9", "localhost:99999"):
+    monkeypatch.setenv("JAX_PROCESS_ID", str(process))
+    with socket.create_server(("", 0)) as other:
+        address = address.format(taken=other.getsockname()[1])
         monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", address)
         with pytest.raises(SystemExit) as stop:
             experiment.main(toy.Config, toy.make_train, "")
-        assert stop.value.code == 2
-        [line] = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"error: no answer from the coordinator, {address}")
+    assert stop.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: process 0 {reason} at {address}")
+
+
+@pytest.mark.parametrize("processes,sentence", [
+    ((0, 1, 2), ""), ((2, 0, 1), ""), ((0, 2), "no call from process 1"), ((0,), "no call from process 1, 2"),
+    ((0, 1, 1), "two processes have JAX_PROCESS_ID=1")])
+def test_processes_find_each_other_or_all_say_who_is_missing(processes, sentence):
+    """A call of something that is no process is ignored."""
+    with socket.create_server(("", 0)) as free:
+        address = f"localhost:{free.getsockname()[1]}"
+
+    def join(process):
+        try:
+            return devices.roll_call(address, 3, process, patience=1)
+        except ValueError as error:
+            return str(error)
+
+    with ThreadPoolExecutor() as pool:
+        answers = [pool.submit(join, process) for process in processes]
+        stranger = pool.submit(devices.call_first, "localhost", int(address.split(":")[1]), 999,
+                               time.monotonic() + 0.5)
+        assert [answer.result() for answer in answers] == [sentence or None] * len(processes)
+        assert isinstance(stranger.exception(), (OSError, type(None)))
 
 
 def test_cores_are_counted_by_affinity(monkeypatch):
