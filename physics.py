@@ -1070,6 +1070,9 @@ def check(m):
     def wraps(t):
         return m.wrap_type[m.tendon_adr[t]:m.tendon_adr[t] + m.tendon_num[t]]
 
+    def joints(t):
+        return m.wrap_objid[m.tendon_adr[t]:m.tendon_adr[t] + m.tendon_num[t]]
+
     def narrow(bounds, margin):
         return np.array([hi - lo < 2 * gap for (lo, hi), gap in zip(bounds, margin)], bool)
 
@@ -1084,9 +1087,12 @@ def check(m):
             ("joint", "polynomial stiffness", m.jnt_stiffnesspoly),
             ("joint", "force limits", m.jnt_actfrclimited),
             ("joint", "polynomial damping", m.dof_dampingpoly),  # one dof per joint here
+            ("joint", "negative damping", m.dof_damping < 0),
             ("joint", "limits active on both sides", m.jnt_limited & narrow(m.jnt_range, m.jnt_margin)),
             ("tendon", "limits active on both sides",
              m.tendon_limited & narrow(m.tendon_range, m.tendon_margin)),
+            ("tendon", "joints twice in a tendon", [f and len(set(joints(t))) < len(joints(t))
+                                                    for t, f in enumerate(fixed)]),
             ("tendon", "tendon pulleys and wrapping", [not f and (wraps(t) != WRAP.mjWRAP_SITE).any()
                                                        for t, f in enumerate(fixed)]),
             *(("tendon", f"tendon {field}", getattr(m, f"tendon_{field}"))

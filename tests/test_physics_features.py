@@ -85,6 +85,7 @@ REFUSED = {
     "force limits": dict(joint='actuatorfrcrange="-.1 .1" actuatorfrclimited="true"'),
     "polynomial": dict(joint='stiffness="3 1 2"'),
     "polynomial damping": dict(joint='damping=".3 1 2"'),
+    "negative damping": dict(joint='damping="-.2"'),
     "gravity compensation": dict(body='gravcomp="1"'),
     "ball and free": dict(world='<body pos="3 0 1"><freejoint/><geom size=".05"/></body>'),
     "mocap": dict(world='<body mocap="true" pos="3 0 1"><geom size=".05"/></body>'),
@@ -115,6 +116,8 @@ REFUSED = {
     "tendon frictionloss": dict(tendon='frictionloss=".2"'),
     "tendon armature": dict(tendon='armature=".2"'),
     "tendon actfrclimited": dict(tendon='actuatorfrcrange="-.1 .1" actuatorfrclimited="true"'),
+    "joints twice in a tendon": dict(tendons='<fixed limited="true" range="-.2 .2"><joint joint="e" coef="1"/>'
+                                             '<joint joint="y" coef="1"/><joint joint="e" coef="2"/></fixed>'),
     "pulleys": dict(tendons='<spatial><site site="s"/><site site="t"/><pulley divisor="2"/><site site="s"/>'
                             '<site site="t"/></spatial>'),
     "condim": dict(geom='priority="2" condim="1"'),
