@@ -25,12 +25,39 @@ from run_folder import LOGS, Options, Run, agents_of, name_of, settings_of
 
 
 # ---- During training -----------------------------------------------------------------------------
+class Board:
+    """A file of TensorBoard, written in this thread.
+
+    The thread of tensorboardX.SummaryWriter dies on a full disk, and its caller waits forever.
+    """
+
+    def __init__(self, folder: Path, end: str, purge: int | None = None):
+        """Begins a file with the name's end. What others hold from step `purge` on is not shown."""
+        from tensorboardX.event_file_writer import EventsWriter
+        folder.mkdir(parents=True, exist_ok=True)
+        self.writer, self.flushed = EventsWriter(str(folder / "events"), end), -math.inf
+        self.close = self.writer.close
+        if purge is not None:
+            self.write(step=purge, session_log={"status": "START"})
+
+    def write(self, **fields: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        self.writer.write_event(Event(wall_time=time.time(), **fields))
+
+    def add(self, scalars: dict[str, float], step: int) -> None:
+        from tensorboardX.summary import scalar
+        for tag, x in scalars.items():
+            self.write(step=step, summary=scalar(tag, x))
+        if time.monotonic() > self.flushed + 60:  # a flush waits for the disk
+            self.writer.flush()
+            self.flushed = time.monotonic()
+
+
 class Logs(contextlib.ExitStack):
     """metrics.csv, timing.csv, TensorBoard, wandb and progress bar of a run from `update` on."""
 
     def __init__(self, this: Run, update: int, wandb: Any = None):
         super().__init__()
-        from tensorboardX import SummaryWriter
         self.this, self.wandb, self.begin, self.said = this, wandb, time.perf_counter(), set()
         agents = agents_of(this.config, this.options)
         self.names = [name_of(*agent) for agent in agents]
@@ -38,11 +65,10 @@ class Logs(contextlib.ExitStack):
         mode = "a" if update else "w"
         self.files = [
             self.enter_context((this.folder / name).open(mode, newline="")) for name in LOGS]
-        self.boards = [  # purge_step: what was logged after the checkpoint is not shown twice
-            self.enter_context(SummaryWriter(
-                str(this.folder / "tensorboard" / name),
-                purge_step=update * steps + 1 if this.options.resume else None,
-                filename_suffix=f".{update}"))  # names of one second would be equal without it
+        purge = update * steps + 1 if this.options.resume else None
+        self.boards = [
+            self.enter_context(contextlib.closing(  # names of one second differ in their ends
+                Board(this.folder / "tensorboard" / name, f".{update}", purge)))
             for name in self.names]
         self.bar = self.enter_context(tqdm(
             total=len(agents) * this.config.num_updates * steps, unit="step", unit_scale=True,
@@ -63,8 +89,7 @@ class Logs(contextlib.ExitStack):
         shared = {}
         for i, (name, board) in enumerate(zip(self.names, self.boards)):
             scalars = times | scalars_of({column: x[i] for column, x in columns.items()})
-            for tag, x in scalars.items():
-                board.add_scalar(tag, x, timing["steps"])
+            board.add(scalars, timing["steps"])
             prefix = f"{name}/" if len(self.names) > 1 else ""
             shared |= {tag if tag in times else prefix + tag: x for tag, x in scalars.items()}
         if self.wandb:

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 import toy
+from tensorboardX.record_writer import RecordWriter
 from toy_runs import command, refusal, resume, rows, train
 
 import devices
@@ -235,9 +236,9 @@ def test_a_resumed_folder_outlives_a_refusal(whole, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("owner,name,call", [
     (logs, "write_rows", 3), (run_folder, "write_whole", 1), (run_folder, "write_whole", 4),
-    (Path, "mkdir", 2), (os, "fsync", 9)])
+    (Path, "mkdir", 2), (os, "fsync", 9), (RecordWriter, "write", 20)])
 def test_a_full_disk_is_one_sentence(owner, name, call, whole, tmp_path, monkeypatch, capsys):
-    """And resume goes on from there."""
+    """And resume goes on from there. The last case is TensorBoard's file."""
     original, calls = getattr(owner, name), 0
 
     def full(*args, **kwargs):
