@@ -127,7 +127,8 @@ def columns_of(config: Any, metrics: dict[str, np.ndarray]) -> dict[str, np.ndar
     for name, x in metrics.items():
         for index in np.ndindex(x.shape[2:]):
             place = [config.env[index[0]], *map(str, index[1:])] if index else []
-            columns["/".join([name, *place])] = x[..., *index]
+            # under JAX_DEBUG_NANS the trainer returns -inf where no episode ended
+            columns["/".join([name, *place])] = np.where(np.isneginf(x), np.nan, x)[..., *index]
     return columns
 
 

@@ -105,6 +105,14 @@ def test_a_swept_name_in_metrics_csv_is_the_setting():
     assert logs.scalars_of({"lr": metrics["lr"][0]}) == {"charts/lr": 0.015}
 
 
+def test_an_update_without_an_end_of_an_episode_is_no_number():
+    """Under JAX_DEBUG_NANS the trainer returns -inf for it, which would make every mean -inf."""
+    metrics = {"return": np.array([[[-np.inf, 1.0], [3.0, np.nan]]]), "loss": np.zeros((1, 2))}
+    first, second = logs.metric_rows(toy.Config(), experiment.Options(), 0, metrics)
+    assert np.isnan([first["return/walk"], second["return/toy:run"]]).all()
+    assert (first["return/toy:run"], second["return/walk"]) == (1.0, 3.0)
+
+
 def test_divergence_is_said_once(tmp_path, monkeypatch, capsys, no_figures):
     """However often environments diverge; and not at all where none does."""
     def add(self, update, metrics, seconds, original=logs.Logs.add):
