@@ -43,6 +43,11 @@ def start(patience: float = 120.0) -> None:
         # the others end after so many seconds without the heartbeat of one that is gone
         jax.distributed.initialize(
             coordinator, num_processes, process_id, heartbeat_timeout_seconds=30)
+    find_devices()
+
+
+def find_devices() -> None:
+    """ValueError if JAX has no device."""
     try:
         jax.devices()
     except (RuntimeError, AssertionError):

@@ -56,7 +56,7 @@ def parse_kwargs(texts: tuple[str, ...]) -> dict[str, Any]:
     """Keyword arguments of `make` from texts: ("memory_length=64",) -> {"memory_length": 64}."""
     kwargs = {}
     for text in texts:
-        name, equals, value = text.partition("=")
+        name, equals, value = str(text).partition("=")
         if not equals:
             raise ValueError(f"env_kwargs {text!r}: expected KEY=VALUE")
         if name in kwargs:
@@ -90,11 +90,17 @@ def make(name: Any, /, **kwargs: Any) -> tuple[Any, Any]:
     arguments = inspect.signature(build).parameters.values()
     open_ended = any(argument.kind is argument.VAR_KEYWORD for argument in arguments)
     defaults = {argument.name: argument.default for argument in arguments}
+    missing = [argument.name for argument in arguments if argument.name not in kwargs
+               and argument.default is argument.empty and argument.kind not in (
+                   argument.VAR_POSITIONAL, argument.VAR_KEYWORD)]
+    if missing:
+        raise ValueError(f"{name!r} needs the argument {', '.join(missing)}")
     try:
         env = build(**_typed(kwargs, defaults))
     except ImportError as error:
         raise ValueError(f"{name!r} needs a package that is not installed: {error}") from None
-    missing = [x for x in ("default_params", "reset_env", "step_env") if not hasattr(env, x)]
+    interface = ("default_params", "reset_env", "step_env", "observation_space", "action_space")
+    missing = [x for x in interface if not hasattr(env, x)]
     if missing:
         raise ValueError(f"{name!r} is not a gymnax-style environment: no {', '.join(missing)}")
     params = env.default_params

@@ -30,6 +30,13 @@ import tyro
 from tqdm import tqdm
 
 import devices
+
+if __name__ == "__main__":
+    try:
+        devices.find_devices()  # gymnax, which replay.py imports, uses one
+    except ValueError as error:
+        devices.stop(2, f"error: {error}")
+
 import envs
 import experiment
 import replay as replay_page

@@ -257,7 +257,7 @@ def prepare(make_train: Callable, this: Run, mesh: Any) -> tuple[int, Any, Calla
     """
     try:
         program = devices.make_program(make_train, this.config, mesh, len(agents_of(*this[:2])))
-    except (TypeError, AttributeError) as error:
+    except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
         if not getattr(this.config, "env_kwargs", ()):
             raise
         kwargs = " ".join(this.config.env_kwargs)

@@ -56,6 +56,7 @@ class Options:
             check_finite(field.name, value)
             if kind in (int, float) and value < 0:
                 raise ValueError(f"{field.name} must not be negative, got {value}")
+        check_texts("sweep", self.sweep)
         if self.num_seeds < 1:
             raise ValueError(f"num_seeds must be at least 1, got {self.num_seeds}")
         if self.seed + self.num_seeds > 2**32:
@@ -110,6 +111,12 @@ def check_finite(name: str, value: Any) -> None:
     """ValueError if a value is infinite or NaN."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")
+
+
+def check_texts(name: str, values: tuple) -> None:
+    """ValueError if one of the values is no text."""
+    if not all(isinstance(value, str) for value in values):
+        raise ValueError(f"{name} must be texts, got {values}")
 
 
 # ---- The run folder ------------------------------------------------------------------------------
@@ -221,6 +228,8 @@ def read_run(folder: Path | str, config_class: type | None = None) -> tuple[Any,
                              f"({', '.join(sorted(differ))}); train again")
     try:
         config, options = (kind(**with_tuples(part)) for kind, part in zip(kinds, fields))
+        for name in ("env", "env_kwargs"):
+            check_texts(name, getattr(config, name, ()))
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} does not fit {own}.py: {error}") from None
     return config, dataclasses.replace(options, resume=str(folder))
@@ -234,9 +243,11 @@ def trainer_of(config_class: type) -> str:
 def import_trainer(name: str) -> Any:
     """Returns the module of a trainer that is beside this file or in its folder examples/."""
     for folder in (Path(__file__).parent, Path(__file__).parent / "examples"):
-        if (folder / f"{name}.py").is_file():
+        if str(name) in {path.stem for path in folder.glob("*.py")}:
             sys.path.append(str(folder))
-            return importlib.import_module(name)
+            module = importlib.import_module(name)
+            if hasattr(module, "Config"):
+                return module
     raise ValueError(f"the trainer {name}.py is not here")
 
 

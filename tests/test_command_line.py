@@ -155,17 +155,18 @@ def test_what_a_user_can_mend_is_one_sentence(error, message, monkeypatch, capsy
     assert message in refusal(monkeypatch, capsys)
 
 
+@pytest.mark.parametrize("error", [TypeError, AttributeError, IndexError, KeyError, ZeroDivisionError])
 @pytest.mark.parametrize("kwargs", [(), ("speed=1",)])
-def test_arguments_that_do_not_fit_the_environment(kwargs, tmp_path):
-    """A TypeError is a sentence if env_kwargs were given, else it is a bug."""
+def test_arguments_that_do_not_fit_the_environment(kwargs, error, tmp_path):
+    """Most errors are a sentence if env_kwargs were given, else they are a bug."""
     def make_train(config, axis=None):
-        raise TypeError("unexpected keyword argument 'speed'")
+        raise error("unexpected keyword argument 'speed'")
 
     @dataclasses.dataclass(frozen=True)
     class Config(toy.Config):
         env_kwargs: tuple[str, ...] = kwargs
 
-    with pytest.raises(ValueError if kwargs else TypeError, match="'speed'"):
+    with pytest.raises(ValueError if kwargs else error, match="'speed'"):
         experiment.run(make_train, Config(), experiment.Options(out=str(tmp_path / "run")))
     assert not list(tmp_path.iterdir())
 

@@ -275,8 +275,8 @@ def test_two_processes_are_refused_and_interrupted_together(tmp_path):
 
 def test_a_kind_of_device_that_is_not_here_is_one_sentence():
     """JAX_PLATFORMS is read when JAX starts, hence the processes."""
-    for kind in ("tpu", "nothing"):
-        done = subprocess.run([sys.executable, str(ROOT / "tests/toy.py")], text=True,
+    for kind, *command in (("tpu", "tests/toy.py"), ("nothing", "evaluate.py", "results/default")):
+        done = subprocess.run([sys.executable, *command], text=True, cwd=ROOT,
                               capture_output=True, env=os.environ | {"JAX_PLATFORMS": kind})
         assert done.returncode == 2 and "Traceback" not in done.stderr
         assert done.stderr.splitlines()[-1] == (

@@ -42,8 +42,9 @@ def test_environments_are_made_by_name_with_their_arguments():
     texts = ("memory_length=64", "noise=-0.5", "backend=mjx", "on=True", "off=false", "no=None", "big=1e3")
     assert envs.parse_kwargs(texts) == {"memory_length": 64, "noise": -0.5, "backend": "mjx", "on": True,
                                         "off": False, "no": None, "big": 1000}
-    with pytest.raises(ValueError, match="KEY=VALUE"):
-        envs.parse_kwargs(("memory_length",))
+    for text in ("memory_length", 3, None):
+        with pytest.raises(ValueError, match="KEY=VALUE"):
+            envs.parse_kwargs((text,))
     with pytest.raises(ValueError, match="noise is given twice"):
         envs.parse_kwargs(("noise=1", "noise=2"))
 
@@ -90,12 +91,23 @@ def test_names_lists_everything_that_can_be_trained():
     assert all(name in str(error.value) for name in names)
 
 
+class Needy(Clock):
+    def __init__(self, size):
+        super().__init__()
+
+
+class Spaceless:
+    default_params = reset_env = step_env = None
+
+
 @pytest.mark.parametrize("wrong,nearest", [
     ("finger_spin", "finger-spin"), ("dmc:reacher", "reacher-easy"), ("Reacher-hard", "reacher-hard"),
     ("Cartpole-v1", "CartPole-v1"),
     ("walker-wlk", "walker-walk"), ("popgym:StatelessCartPole", "popgym:StatelessCartPoleHard"),
     ("nowhere:Env", "nowhere"), ("test_envs:Clok", "Clok"),
     ("RepeatPreviousHard", "popgym:RepeatPreviousHard"),
+    ("json:dumps", "needs the argument obj"), ("test_envs:Needy", "needs the argument size"),
+    ("test_envs:Spaceless", "no observation_space, action_space"),
     ("test_envs:KEY", "not a gymnax-style"), ("test_envs:Path", "not a gymnax-style")])
 def test_an_unknown_name_is_answered_with_the_nearest(wrong, nearest):
     with pytest.raises(ValueError, match=nearest):

@@ -74,6 +74,9 @@ def test_folders_that_cannot_be_read_say_why(tmp_path):
             (good | {"config": good["config"] | {"lr": -1}}, "lr must be"),
             (good | {"config": good["config"] | {"lr": "high"}}, "does not fit"),
             (good | {"config": good["config"] | {"depth": 3}}, "added or removed .depth"),
+            (good | {"config": good["config"] | {"env": [3]}}, "env must be texts, got .3,"),
+            (good | {"config": good["config"] | {"env": [["walk"]]}}, "env must be texts"),
+            (good | {"config": good["config"] | {"env": 3}}, "does not fit"),
             (good | {"options": {"seed": 0}}, "checkpoint_minutes, devices")]:
         (tmp_path / "config.json").write_text(json.dumps(saved))
         if message is None:
@@ -91,13 +94,14 @@ def test_a_folder_names_its_trainer(tmp_path):
              "options": dataclasses.asdict(experiment.Options())}
     (tmp_path / "config.json").write_text(json.dumps(saved))
     assert experiment.read_run(tmp_path)[0] == train_s5.Config()
-    (tmp_path / "config.json").write_text(json.dumps(saved | {"trainer": "train_gru"}))
-    with pytest.raises(ValueError, match="train_gru.py is not here"):
-        experiment.read_run(tmp_path)
+    for trainer in ("train_gru", "agent", "../s5", "tests/toy", "x" * 300, 3, None, ["train_s5"]):
+        (tmp_path / "config.json").write_text(json.dumps(saved | {"trainer": trainer}))
+        with pytest.raises(ValueError, match=r"the trainer .*\.py is not here"):
+            experiment.read_run(tmp_path)
 
 
 @pytest.mark.parametrize("values", [
-    {"seed": "a"}, {"seed": None}, {"num_seeds": 2.5}, {"sweep": 5}, {"devices": 1.5},
+    {"seed": "a"}, {"seed": None}, {"num_seeds": 2.5}, {"sweep": 5}, {"sweep": (3,)}, {"devices": 1.5},
     {"evaluate": "no"}, {"out": 3}, {"checkpoint_minutes": float("nan")},
     {"checkpoint_minutes": float("inf")}, {"seed": True}])
 def test_options_of_another_type_are_refused(values, whole, tmp_path):
