@@ -112,10 +112,13 @@ def seconds(function: Callable, *args: Any, repeats: int, budget: float = float(
 
 # ---- Table and figure ----------------------------------------------------------------------------
 def mean_interval(x: np.ndarray) -> dict[str, float]:
-    """Returns mean, 95 % t interval, minimum and number of x (n,) as columns of a table."""
+    """Returns mean, 95 % t interval, minimum and number of x (n,) as columns of a table.
+
+    A failed seed is NaN. The mean and the number leave it out; the minimum is then NaN.
+    """
     x = np.asarray(x, float)
     mean, low, high = map(float, experiment.t_interval(x))
-    return {"mean": mean, "low": low, "high": high, "worst": float(x.min()), "seeds": len(x)}
+    return {"mean": mean, "low": low, "high": high, "worst": float(x.min()), "seeds": int((~np.isnan(x)).sum())}
 
 
 def device() -> str:

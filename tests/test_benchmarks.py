@@ -126,6 +126,11 @@ def test_what_a_user_can_mend_is_a_sentence_and_a_bug_is_a_traceback(load, capsy
             end_with(bug)
 
 
+def test_a_failed_seed_is_not_counted(load):
+    found = load("common").mean_interval([1.0, np.nan, 3.0])
+    assert (found["mean"], found["seeds"]) == (2.0, 2) and np.isnan(found["worst"])
+
+
 # ---- Speed ---------------------------------------------------------------------------------------
 def test_sequence_measures_every_cost_at_every_length(main):
     rows, _ = main("sequence", "--repeats", "1", "--lengths", "8", "16", "--batches", "2", "--width", "8",
