@@ -452,12 +452,6 @@ class Trials:
         self.num_bins = max(self.choices, default=ACTION_BINS)
         self.action_dims = len(self.choices) or (self.act_dims[0] if whole else self.action_size)
         self.action_width = self.action_dims * (self.num_bins if self.discrete else 1)  # as it is observed
-        if self.discrete:
-            return
-        self.low, self.high = (  # (N, largest act_dim), zero-padded
-            np.stack([np.pad(getattr(space, bound), (0, max(self.act_dims) - dim))
-                      for space, dim in zip(actions, self.act_dims)])[self.task_of_env]
-            for bound in ("low", "high"))
         for task, (obs_dim, act_dim) in zip(self.tasks, sizes):
             # only a random projection of what is not from DMControl may be smaller than the task
             lossless = self.projection in ("identity", "orthogonal") or is_dmc(task)
@@ -465,6 +459,12 @@ class Trials:
                 raise ValueError(
                     f"the {self.projection} projection needs obs_size >= {obs_dim} and action_size >= "
                     f"{act_dim} for {task}, got {self.obs_size} and {self.action_dims}")
+        if self.discrete:
+            return
+        self.low, self.high = (  # (N, largest act_dim), zero-padded
+            np.stack([np.pad(getattr(space, bound), (0, max(self.act_dims) - dim))
+                      for space, dim in zip(actions, self.act_dims)])[self.task_of_env]
+            for bound in ("low", "high"))
 
     def _read_limits(self):
         limits = [getattr(params, "max_steps_in_episode", None) for params in self.params]

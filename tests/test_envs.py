@@ -346,6 +346,8 @@ class Unsized(Clock):
     (dict(projection="none"), "equal sizes"), (dict(projection="identity", obs_size=5), "obs_size >= 6"),
     (dict(projection="orthogonal", action_size=1), "action_size >= 2"),
     (dict(projection="rademacher", action_size=1), "action_size >= 2"),
+    (dict(tasks=["CartPole-v1"], projection="identity", obs_size=3), "obs_size >= 4 .* for CartPole-v1, got 3"),
+    (dict(tasks=["Acrobot-v1"], projection="orthogonal", obs_size=5), "obs_size >= 6"),
     (dict(tasks=["walker-walk"]), "obs_size >= 24 and action_size >= 6 for walker-walk, got 12"),
     (dict(episodes_per_trial=0), "episodes_per_trial"), (dict(action_repeat=0), "action_repeat"),
     (dict(tasks=["CartPole-v1", "reacher-easy"]), "kind"),
