@@ -267,6 +267,7 @@ def plot_training(this: Run) -> None:
     returns = nanmean(returns[:windows * window].reshape(windows, window, *returns.shape[1:]), 1)
     returns = returns.reshape(windows, len(settings), seeds, len(tasks))
     steps = this.config.steps_per_update * window * (np.arange(windows) + 0.5) / 1e6
+    xlabel = f"environment steps{' (all tasks)' * (len(tasks) > 1)}, millions"
     figure, axes = panels(math.ceil(len(tasks) / 3), min(3, len(tasks)), 3.4, 2.6)
     for axis in axes.flat[len(tasks):]:
         axis.remove()
@@ -274,7 +275,7 @@ def plot_training(this: Run) -> None:
         for setting, y in zip(settings, np.moveaxis(of_task, 1, 0)):  # y: (windows, seeds)
             axis.plot(steps, nanmean(y, 1), label=name_of(setting).replace(",", ", "))
             axis.fill_between(steps, np.fmin.reduce(y, 1), np.fmax.reduce(y, 1), alpha=0.25, lw=0)
-        axis.set(title=task, xlabel="million steps", ylabel="episode return")
+        axis.set(title=task, xlabel=xlabel, ylabel="episode return")
     if seeds > 1:
         figure.suptitle(f"line: mean of {seeds} seeds; band: from the lowest to the highest seed")
     if len(settings) > 1:

@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
+import devices  # noqa: E402
 import experiment  # noqa: E402
 
 jax.config.update("jax_compilation_cache_dir", None)  # else compile times are those of an earlier run
@@ -122,7 +123,10 @@ def mean_interval(x: np.ndarray) -> dict[str, float]:
 
 
 def device() -> str:
-    return f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}"
+    """Returns what this process measures on, in words."""
+    cpu = jax.default_backend() == "cpu"
+    count, kind = (devices.num_cores(), "CPU core") if cpu else (jax.device_count(), jax.devices()[0].device_kind)
+    return f"{count} {kind}{'s' * (count > 1)}, jax {jax.__version__}"
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -164,10 +168,57 @@ class Table:
         write_csv(self.path, self.rows)
 
 
-def plot_into(path: Path, lines: int, columns: int, draw: Callable) -> None:
-    """Writes a PNG of lines x columns panels, each drawn by draw(axis, line, column)."""
-    figure, axes = experiment.panels(lines, columns, 4.4, 3.4)
+# One look for all figures: a colour for each memory, ours solid, a paper's dashed.
+WORDS = {"s5": "S5", "lstm": "LSTM", "transformer": "attention", "self-attention": "attention", "none": "no memory"}
+COLOURS = {"S5": "tab:blue", "LSTM": "tab:orange", "GRU": "tab:red", "attention": "tab:green", "no memory": "tab:gray"}
+OURS = dict(marker="o", markersize=4, linewidth=1.8)
+PAPER_STYLE = dict(linestyle="--", linewidth=1.2)
+MILLIONS = "environment steps (all tasks), millions"
+
+
+def numbers(rows: list[dict[str, Any]], *columns: str) -> list[np.ndarray]:
+    """Returns each column as floats, NaN where a cell is empty."""
+    return [np.array([float(row[column] or "nan") for row in rows]) for column in columns]
+
+
+def log_axis(axis: Any, name: str, ticks: Sequence[float] = ()) -> None:
+    """Makes the axis "x" or "y" logarithmic with plain numbers at `ticks`. Call it after drawing."""
+    from matplotlib import ticker
+    getattr(axis, f"set_{name}scale")("log")
+    low, high = getattr(axis, f"get_{name}lim")()
+    line = getattr(axis, f"{name}axis")
+    decades = ticker.LogLocator(subs=(1,) if high > 300 * low else (1, 2, 5))
+    line.set_major_locator(ticker.FixedLocator(ticks) if len(ticks) else decades)
+    line.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:,.0f}" if x >= 1e4 else f"{x:g}"))
+    line.set_minor_locator(ticker.NullLocator())
+
+
+def add_legend(axis: Any) -> None:
+    """Puts the legend below the axis."""
+    axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2, frameon=False)
+
+
+def plot_into(path: Path, lines: int, columns: int, draw: Callable, title: str = "",
+              size: tuple[float, float] = (4.4, 3.4), legend: int = 0) -> None:
+    """Writes a PNG of lines x columns panels, each drawn by draw(axis, line, column).
+
+    Args:
+      title: device() where this process has measured time.
+      size: inches of a panel.
+      legend: number of columns of one legend for all panels, below them (0: none).
+    """
+    figure, axes = experiment.panels(lines, columns, *size)
     for line, column in np.ndindex(lines, columns):
         draw(axes[line, column], line, column)
-    figure.suptitle(device(), fontsize=9)
-    figure.savefig(path, dpi=120)
+    if title:
+        figure.suptitle(title, fontsize=9)
+    if legend:
+        entries = {}
+        for axis in axes.flat:
+            entries |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels())}
+        figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=legend,
+                      fontsize=8, frameon=False)
+    dpi = min(140, 1400 / (columns * size[0]))  # at most 1,400 pixels wide
+    figure.savefig(path, dpi=dpi)
+    from PIL import Image  # comes with matplotlib
+    Image.open(path).convert("RGB").quantize(dither=Image.Dither.NONE).save(path, optimize=True)  # half the size

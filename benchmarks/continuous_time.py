@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common import RESULTS, Table, mean_interval, plot_into, read_csv, seconds  # finds the project
+from common import RESULTS, Table, add_legend, mean_interval, plot_into, read_csv, seconds  # finds the project
 
 import devices
 import envs
@@ -252,7 +252,7 @@ def draw(axis: Any, task: str, rows: list[dict]) -> None:
         axis.plot(x[trained], mean[trained], "*" + style[-2:], ms=11)
     axis.set_xticks(range(len(places)), [place.strip("(),") for place in places])
     axis.set(title=task, xlabel="environment steps of an action", ylabel="return")
-    axis.legend(fontsize=6)
+    add_legend(axis)
 
 
 PARTS = {part.__name__: part for part in (irregular, transfer, cost, projected, figure)}

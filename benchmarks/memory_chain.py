@@ -23,11 +23,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from common import (  # first: it finds the project
+    COLOURS,
+    OURS,
+    PAPER_STYLE,
     RESULTS,
+    WORDS,
     Table,
     compile_program,
+    device,
+    log_axis,
     make_parser,
     mean_interval,
+    numbers,
     plot_into,
     positive,
     run_main,
@@ -84,37 +91,38 @@ def train_seeds(name: str, config: Any, seeds: int) -> dict[str, Any]:
             "megabytes": program.megabytes / side_by_side}
 
 
-def draw(rows: list[dict], path: Path, reference: list[dict] = ()) -> None:
+def draw(rows: list[dict], path: Path, reference: list[dict] = (), title: str = "") -> None:
     """Writes three panels over the length: return, time, space.
 
     Args:
       rows: of the table.
       path: of the PNG.
-      reference: {"memory", "length", "return"} of a paper, drawn dotted.
+      reference: {"memory", "length", "return"} of a paper, drawn dashed.
+      title: of the figure.
     """
-    labels = {"mean": "return", "us_per_step": "microseconds of training per step",
+    labels = {"mean": "return (0: chance, 1: perfect)", "us_per_step": "microseconds of training per step",
               "megabytes": "megabytes of training"}
 
     def panel(axis, _, column):
         y = list(labels)[column]
-        for i, name in enumerate(dict.fromkeys(row["memory"] for row in rows)):
-            mine = sorted((row for row in rows if row["memory"] == name), key=lambda row: row["length"])
-            lengths, values = [row["length"] for row in mine], np.array([row[y] for row in mine])
-            axis.plot(lengths, values, "o-", color=f"C{i}", label=name)
+        for name in dict.fromkeys(row["memory"] for row in rows):
+            word = WORDS.get(name, name)
+            lengths, values, worst = numbers([row for row in rows if row["memory"] == name], "length", y, "worst")
+            order = np.argsort(lengths)
+            axis.plot(lengths[order], values[order], color=COLOURS[word], label=f"ours, {word}", **OURS)
             if y == "mean":
-                axis.fill_between(lengths, *(np.where(np.isnan(x), values, x) for x in (
-                    np.array([row[k] for row in mine]) for k in ("low", "high"))), color=f"C{i}", alpha=0.2)
-                theirs = [(row["length"], row["return"]) for row in reference if row["memory"] == name]
-                axis.plot(*np.reshape(theirs, (-1, 2)).T, ":", color=f"C{i}")
-        axis.set(xscale="log", xlabel="steps between the bit and the question", ylabel=labels[y])
+                axis.fill_between(lengths[order], worst[order], values[order], color=COLOURS[word], alpha=0.15, lw=0)
+                theirs = numbers([row for row in reference if row["memory"] == name], "length", "return")
+                if len(theirs[0]):
+                    axis.plot(*theirs, color=COLOURS[word], label=f"paper, {word}", **PAPER_STYLE)
+        axis.set(xlabel="episode length (steps)", ylabel=labels[y])
+        log_axis(axis, "x", [4**k for k in range(1, 7)])
         if y == "mean":
-            axis.set_ylim(-0.4, 1.1)
-            axis.set_title("dotted: paper" if reference else "")
-            axis.legend(fontsize=7)
+            axis.set(ylim=(-0.4, 1.05), title="shade: down to the worst seed")
         else:
-            axis.set_yscale("log")
+            log_axis(axis, "y")
 
-    plot_into(path, 1, 3, panel)
+    plot_into(path, 1, 3, panel, title, legend=6)
 
 
 def main():
@@ -134,7 +142,7 @@ def main():
             found = train_seeds(name, config, options.seeds)
             table.add(length=length, memory=name, **mean_interval(found.pop("returns")), **found,
                       episodes=options.episodes, steps=config.num_updates * config.steps_per_update)
-    draw(table.rows, options.out.with_suffix(".png"))
+    draw(table.rows, options.out.with_suffix(".png"), title=device())
 
 
 if __name__ == "__main__":

@@ -33,7 +33,10 @@ from common import (  # first: it finds the project
     RESULTS,
     Table,
     compile_program,
+    device,
+    log_axis,
     make_parser,
+    numbers,
     plot_into,
     run_main,
     seconds,
@@ -47,6 +50,9 @@ import physics
 STATES, ACTIONS_BEFORE, DRIFT = 64, 50, 200  # of the errors
 PLAYGROUND = {task: task.replace("-", "_").title().replace("_", "") for task in dmc.TASKS} | {
     "ball_in_cup-catch": "BallInCup", "point_mass-easy": "PointMass"}  # registered names
+BACKENDS = {  # words, colour and style in the figure; others are C with several threads
+    "fused": ("fused (this project)", "tab:blue", "o-"), "C-1-thread": ("C MuJoCo, 1 thread", "black", "o-"),
+    "mjx": ("MJX", "tab:red", "o-"), "playground": ("mujoco_playground", "tab:purple", "o-")}
 
 
 def scanned(step, state, actions, repeats):
@@ -171,12 +177,27 @@ def measure(name, options, table):
                 print(f"the port of {name} in mujoco_playground is left out: {reason}")
 
 
-def draw(axis, rows, title):
-    for backend in dict.fromkeys(row["backend"] for row in rows):
-        points = [(row["batch"], row["steps_per_s"]) for row in rows if row["backend"] == backend]
-        axis.loglog(*zip(*points), "o-", ms=4, label=backend)
-    axis.set(title=title, xlabel="batch", ylabel="control steps per second")
-    axis.legend(fontsize=7)
+def draw(rows, path, title):
+    """Writes a panel for each task: control steps per second against the batch."""
+    shown = list(dict.fromkeys(row["tasks"] for row in rows))
+    columns = min(4, len(shown))
+
+    def panel(axis, line, column):
+        tasks = shown[line * columns + column:][:1]
+        if not tasks:
+            axis.remove()
+            return
+        mine = [row for row in rows if row["tasks"] == tasks[0]]
+        for backend in dict.fromkeys(row["backend"] for row in mine):
+            batch, speed = numbers([row for row in mine if row["backend"] == backend], "batch", "steps_per_s")
+            threads = (backend.replace("C-", "C MuJoCo, ").replace("-", " "), "tab:gray", "x:")
+            word, colour, style = BACKENDS.get(backend, threads)
+            axis.plot(batch, speed, style, ms=4, color=colour, label=word)
+        axis.set(title=tasks[0], xlabel="environments (batch)", ylabel="control steps per second")
+        log_axis(axis, "x", [1, 8, 64, 512, 4096])
+        log_axis(axis, "y")
+
+    plot_into(path, -(-len(shown) // columns), columns, panel, title, size=(3.6, 2.8), legend=5)
 
 
 def joined_tasks(text):
@@ -201,17 +222,7 @@ def main():
     table = Table(options.out)
     for name in options.tasks:
         measure(name, options, table)
-    shown = list(dict.fromkeys(row["tasks"] for row in table.rows))
-    columns = min(4, len(shown))
-
-    def panel(axis, line, column):
-        if line * columns + column < len(shown):
-            title = shown[line * columns + column]
-            draw(axis, [row for row in table.rows if row["tasks"] == title], title)
-        else:
-            axis.remove()
-
-    plot_into(options.out.with_suffix(".png"), -(-len(shown) // columns), columns, panel)
+    draw(table.rows, options.out.with_suffix(".png"), device())
 
 
 if __name__ == "__main__":

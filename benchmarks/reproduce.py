@@ -3,16 +3,17 @@
     python benchmarks/reproduce.py memory              # return on MemoryChain by length: S5, LSTM, self-attention
     python benchmarks/reproduce.py popgym              # five POPGym tasks: S5, GRU, no memory
     python benchmarks/reproduce.py metacart            # projected StatelessCartPole, 16 episodes in a trial
-    python benchmarks/reproduce.py dmcontrol runs/A runs/B    # draws finished or running runs on the six tasks
+    python benchmarks/reproduce.py dmcontrol runs/A runs/B --device "one H200"    # runs on the six tasks
     python benchmarks/reproduce.py popgym --only RepeatPrevious --jobs 1
-    python benchmarks/reproduce.py popgym --jobs 0     # run nothing, draw what there is
+    python benchmarks/reproduce.py popgym --draw       # run nothing, draw results/paper/popgym.csv
 
-Runs are kept in runs/paper/, a process per core. After a kill the same command goes on, and a figure says how
-far each of its runs has come. A run folder that was made with other flags is refused. Writes
-results/paper/*.csv, *.png and a table, README.md; the paper's numbers are in results/paper/reference_*.csv.
-Deviations from its settings are given where they are chosen.
+Runs are kept in runs/paper/, a process per core. After a kill the same command goes on. A run folder that was
+made with other flags is refused. A row of results/paper/FIGURE.csv is replaced by runs of at least as many
+seeds and steps; FIGURE.png is drawn from that table. Delete the table when the settings change. The paper's
+numbers are in results/paper/reference_*.csv. Deviations from its settings are given where they are chosen.
 """
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -22,9 +23,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from common import (  # first: it finds the project
+    COLOURS,
+    MILLIONS,
+    OURS,
+    PAPER_STYLE,
     RESULTS,
+    WORDS,
+    log_axis,
     make_parser,
     mean_interval,
+    numbers,
     plot_into,
     read_csv,
     run_main,
@@ -38,8 +46,6 @@ from agent import load
 from runs import RUNS, Run, Script, add_jobs_flag, launch, read_rows
 
 PAPER = RESULTS / "paper"
-COLOURS = {"S5": "C0", "S5, never reset": "C4", "LSTM": "C1", "GRU": "C1", "self-attention": "C2", "none": "C7",
-           "blind": "C3", "S5, plain": "C9", "LSTM, plain": "C8", "GRU, plain": "C8"}
 
 # The paper: Adam 5e-5, 30 epochs, width 256, 4 layers. At the 4,170 steps/s that results/train_reference.csv
 # has for 4 epochs of that on two cores, 30 would take seven hours for 15 million steps. Here: width 64, the
@@ -54,8 +60,8 @@ PPO = ["--num-envs", "64", "--num-steps", "1024", "--num-minibatches", "8", "--u
 VARIANTS = {
     "S5": ("train_s5", []),
     "GRU": ("train_lstm", ["--cell", "gru"]),
-    "none": ("train_s5", ["--reset", "step"]),
-    "S5, never reset": ("train_s5", ["--reset", "never"]),
+    "none": ("train_s5", ["--reset", "step", "--no-sysid"]),
+    "S5, never reset": ("train_s5", ["--reset", "never", "--no-sysid"]),
     "S5, plain": ("train_s5", ["--no-sysid"]),
     "GRU, plain": ("train_lstm", ["--cell", "gru", "--no-sysid"]),
 }
@@ -64,7 +70,15 @@ POPGYM = ("StatelessCartPoleHard", "NoisyStatelessCartPoleHard", "StatelessPendu
 CHAIN = {"S5": "s5", "LSTM": "lstm", "self-attention": "transformer"}
 SEEDS = range(4)
 EPISODES, SHOWN, TRIALS = 16, 32, 64  # of a trial: trained on, evaluated on; and trials that are evaluated
-BUDGETS = (5, 10, 20, 50, 100, 300, 500)  # million frames
+BUDGETS = (5, 10, 20, 50, 100, 300, 500)  # million environment steps
+SIX = ("mean of the six", *envs.TRAIN_TASKS)
+METACART = {  # variant: words, colour, marker
+    "S5": ("S5, sysid", "tab:blue", "o"), "S5, plain": ("S5, no sysid", "tab:cyan", "o"),
+    "GRU": ("GRU, sysid", "tab:red", "s"), "GRU, plain": ("GRU, no sysid", "tab:pink", "s"),
+    "S5, never reset": ("S5, no sysid, never reset", "tab:purple", "o"),
+    "none": ("no memory, no sysid", "tab:gray", "^")}
+DMCONTROL = {"S5, plain": "S5, no sysid", "LSTM, plain": "LSTM, no sysid", "none": "no memory, no sysid",
+             "none, sysid": "no memory", "blind": "observations hidden"}
 
 
 # ---- Runs ----------------------------------------------------------------------------------------
@@ -110,22 +124,17 @@ def row(memory, at, paper, ours, frames):
 
 
 def write_table(figure, rows):
-    """Writes results/paper/FIGURE.csv, and README.md from the tables of all figures."""
-    rounded = [{k: f"{v:.4g}" if isinstance(v, float) else v for k, v in r.items()} for r in rows]
-    write_csv(PAPER / f"{figure}.csv", rounded)
-    text = ["# The paper's figures\n", "Numbers of Lu et al. 2023 (arXiv 2303.03982), read off its plots and tables "
-            "(`reference_*.csv`), beside those of this project. Written by", "`benchmarks/reproduce.py`; each "
-            "interval is a 95 % t interval over seeds.\n"]
-    for name in ("memory", "popgym", "metacart", "dmcontrol"):
-        if (PAPER / f"{name}.csv").exists():
-            text += [f"\n![{name}]({name}.png)\n",
-                     "| figure | memory | at | paper | ours | worst | seeds | million frames |",
-                     "|---|---|---|---:|---:|---:|---:|---:|"]
-            for r in read_csv(PAPER / f"{name}.csv"):
-                interval = "" if r["low"] == "nan" else f" [{float(r['low']):.3g}, {float(r['high']):.3g}]"
-                text.append(f"| {name} | {r['memory']} | {r['at']} | {r['paper']} | {float(r['ours']):.3g}{interval} | "
-                            f"{float(r['worst']):.3g} | {r['seeds']} | {float(r['million_frames']):.3g} |")
-    (PAPER / "README.md").write_text("\n".join(text) + "\n")
+    """Writes `rows` into results/paper/FIGURE.csv, unless a stored row has more seeds or steps. Returns all."""
+    path = PAPER / f"{figure}.csv"
+    table = {(r["memory"], r["at"]): r for r in (read_csv(path) if path.exists() else [])}
+    for new in rows:
+        new = {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in new.items()}
+        old = table.setdefault((new["memory"], new["at"]), new)
+        if all(float(new[k]) >= float(old[k]) for k in ("seeds", "million_frames")):
+            table[new["memory"], new["at"]] = new
+    if table:
+        write_csv(path, list(table.values()))
+    return list(table.values())
 
 
 def begun(runs):
@@ -137,36 +146,12 @@ def begun(runs):
     return groups
 
 
-def label(variant, runs):
-    """Returns a line's label: how many seeds, and how far the slowest has come."""
-    return f"{variant}, seeds: {len(runs)}, {min(run.reached() for run in runs) / 1e6:.3g}M"
-
-
-# ---- Figures -------------------------------------------------------------------------------------
-def draw_memory(runs):
-    """Lengths whose tables are gone or on another machine stay as results/paper/memory.csv has them.
-
-    Delete that file when the settings change.
-    """
-    reference = [{"memory": r["memory"], "length": int(r["length"]), "return": float(r["return"])}
-                 for r in read_csv(PAPER / "reference_memory.csv")]
-    theirs = {(r["length"], r["memory"]): r["return"] for r in reference}
-    columns = ("ours", "low", "high", "worst", "seeds", "million_frames", "us_per_step", "megabytes")
-    table = PAPER / "memory.csv"
-    found = {f"{r['memory']}-{r['at']}": r for r in (read_csv(table) if table.exists() else [])}
-    for run in runs:
-        for r in read_csv(run.path) if run.path.exists() else []:
-            frames = float(r["steps"]) / 1e6
-            found[run.path.stem] = r | {"at": r["length"], "ours": r["mean"], "million_frames": frames}
-    rows = []
-    for run in runs:
-        if run.path.stem in found:
-            r = found[run.path.stem]
-            at = int(r["at"])
-            rows.append({"memory": run.variant, "at": at, "paper": theirs[at, run.variant]}
-                        | {k: float(r[k] or "nan") for k in columns})
-    memory_chain.draw([r | {"length": r["at"], "mean": r["ours"]} for r in rows], PAPER / "memory.png", reference)
-    return rows
+def memory_rows(runs):
+    theirs = {(r["length"], r["memory"]): r["return"] for r in read_csv(PAPER / "reference_memory.csv")}
+    return [{"memory": run.variant, "at": r["length"], "paper": theirs[r["length"], run.variant], "ours": r["mean"],
+             **{k: r[k] for k in ("low", "high", "worst", "seeds")}, "million_frames": float(r["steps"]) / 1e6,
+             "us_per_step": r["us_per_step"], "megabytes": r["megabytes"]}
+            for run in runs if run.path.exists() for r in read_csv(run.path)]
 
 
 def best_return(run):
@@ -174,50 +159,10 @@ def best_return(run):
     return np.nanmax([r[f"return/popgym:{run.task}"] for r in experiment.read_metrics(run.path)])
 
 
-def popgym_scores(runs):
-    """Returns {(variant, task): [(best return, environment steps) of every seed]}.
-
-    They are kept in results/paper/popgym_runs.csv, so that runs count whose folders are gone or on another
-    machine, as long as no folder has come further. Delete that file when the settings change.
-    """
-    stored, scores = PAPER / "popgym_runs.csv", {}
-    for r in read_csv(stored) if stored.exists() else []:
-        scores[r["memory"], r["task"], int(r["seed"])] = float(r["best_return"]), int(r["steps"])
-    for run in runs:
-        key, reached = (run.variant, run.task, run.seed), run.reached()
-        if reached and reached >= scores.get(key, (0, 0))[1]:
-            scores[key] = best_return(run), reached
-    columns = ("memory", "task", "seed", "best_return", "steps")
-    rows = [(*key, f"{best:.4g}", steps) for key, (best, steps) in sorted(scores.items())]
-    write_csv(stored, [dict(zip(columns, row)) for row in rows], columns)
-    found = {}
-    for (variant, task, _), score in scores.items():
-        found.setdefault((variant, task), []).append(score)
-    return found
-
-
-def draw_popgym(runs):
+def popgym_rows(runs):
     theirs = {(r["memory"], r["task"]): float(r["return"]) for r in read_csv(PAPER / "reference_popgym.csv")}
-    rows = [row(memory, task, theirs[memory, task], best, min(steps))
-            for (memory, task), (best, steps) in ((k, zip(*v)) for k, v in popgym_scores(runs).items())]
-
-    def panel(axis, *_):
-        for i, memory in enumerate(("S5", "GRU", "none")):
-            mine = [r for r in rows if r["memory"] == memory]
-            x = np.array([POPGYM.index(r["at"]) for r in mine]) + (i - 1) * 0.28
-            ours, low, high = (np.array([r[k] for r in mine]) for k in ("ours", "low", "high"))
-            axis.bar(np.arange(len(POPGYM)) + (i - 1) * 0.28 - 0.06, [theirs[memory, t] for t in POPGYM], 0.12,
-                     color=COLOURS[memory], alpha=0.35, label=f"{memory}, paper")
-            reached = min((r["million_frames"] for r in mine), default=0)
-            axis.bar(x + 0.06, ours, 0.12, yerr=np.nan_to_num([ours - low, high - ours]), color=COLOURS[memory],
-                     capsize=2, label=f"{memory}, {reached:.3g}M or more")
-        names = [task.replace("Stateless", "\nStateless\n").replace("Hard", "") for task in POPGYM]
-        axis.set_xticks(range(len(POPGYM)), names, fontsize=6)
-        axis.set_ylabel("best mean return, hard")
-        axis.legend(fontsize=6, loc="lower left")
-
-    plot_into(PAPER / "popgym.png", 1, 1, panel)
-    return rows
+    return [row(memory, task, theirs[memory, task], list(map(best_return, same)), min(run.reached() for run in same))
+            for (memory, task), same in begun(runs).items()]
 
 
 def returns_by_episode(run):
@@ -266,44 +211,18 @@ def play_two_trials(agent, seed):
     return np.asarray(jax.jit(play)()).mean(0)
 
 
-def draw_metacart(runs):
-    reference = read_csv(PAPER / "reference_metacart.csv")
-    rows, ours, curves = [], {}, {}
+def metacart_rows(runs):
+    reference, rows = read_csv(PAPER / "reference_metacart.csv"), []
     for (memory, task), same in begun(runs).items():
         found, steps = zip(*[returns_by_episode(run) for run in same])
-        ours[memory] = np.array(found), same
+        found = np.array(found)  # (seeds, SHOWN)
         theirs = {r["episode"]: float(r["return"]) for r in reference if r["memory"] == memory.removesuffix(", plain")}
-        at = {f"episode {e}": (theirs.get(str(e), ""), ours[memory][0][:, e - 1]) for e in (1, 2, 4, 8, 16, 20, 26, 32)}
-        late = ours[memory][0][:, 12:16].mean(1)
-        at["episodes 13 to 16"] = (theirs["13"] + theirs["16"]) / 2, late
-        logs = [experiment.read_metrics(run.path) for run in same]
-        curves[memory] = [np.array([(r["steps"], EPISODES * r[f"return/popgym:{task}"]) for r in log]) for log in logs]
-        best = [np.nanmax(curve[:, 1]) for curve in curves[memory]]
-        at["best sum of 16"] = theirs["sum of 16"], best
-        rows += [row(memory, k, *v, min(steps)) for k, v in at.items()]
-
-    def panel(axis, _, column):
-        for memory, (found, same) in ours.items():
-            colour = COLOURS[memory]
-            theirs = {r["episode"]: float(r["return"]) for r in reference if r["memory"] == memory}  # none of "plain"
-            best = theirs.pop("sum of 16", None)
-            if column == 0:
-                axis.plot(np.arange(SHOWN) + 1, found.mean(0), color=colour, label=label(memory, same))
-                axis.fill_between(np.arange(SHOWN) + 1, found.min(0), found.max(0), color=colour, alpha=0.2, lw=0)
-                axis.plot([int(episode) for episode in theirs], list(theirs.values()), ":", color=colour)
-            else:
-                for curve in curves[memory]:
-                    axis.plot(curve[:, 0] / 1e6, curve[:, 1], color=colour, lw=0.7)
-                if best is not None:
-                    axis.axhline(best, ls=":", color=colour)
-        if column == 0:
-            axis.axvline(EPISODES + 0.5, color="grey", lw=0.7)
-            axis.set(xlabel="episode of the trial", ylabel="return (dotted: paper)", ylim=(0, None))
-            axis.legend(fontsize=6, loc="center right", bbox_to_anchor=(1, 0.6))
-        else:
-            axis.set(xlabel="million frames", ylabel="sum of 16 (dotted: paper's best)", ylim=(0, None))
-
-    plot_into(PAPER / "metacart.png", 1, 2, panel)
+        best = [EPISODES * best_return(run) for run in same]
+        rows += [row(memory, f"episode {e}", theirs[str(e)], found[:, e - 1], min(steps))
+                 for e in (1, 2, 4, 8, 16, 20, 26, 32)]
+        rows.append(row(memory, "episodes 13 to 16", (theirs["13"] + theirs["16"]) / 2, found[:, 12:16].mean(1),
+                        min(steps)))
+        rows.append(row(memory, "best sum of 16", theirs["sum of 16"], best, min(steps)))
     return rows
 
 
@@ -323,7 +242,8 @@ def read_six(folder):
     variant = {"train_s5": "S5", "train_lstm": "LSTM", "train_transformer": "self-attention"}[
         experiment.trainer_of(type(config))]
     variant += "" if config.sysid else ", plain"
-    variant = "blind" if config.blind else "none" if config.reset == "step" else variant
+    none = "none, sysid" if config.sysid else "none"
+    variant = "blind" if config.blind else none if config.reset == "step" else variant
     seeds = {}
     for r in read_rows(folder):
         values = [r[f"return/{name}"] for name in config.env]
@@ -341,73 +261,150 @@ def near(rows, steps):
     return experiment.nanmean(chosen[:, 1:], 0)
 
 
-def draw_dmcontrol(folders):
+def dmcontrol_rows(folders, device):
+    """Returns rows of runs on `device` (in words), after every budget that they have reached."""
     series = {}
     for folder in dict.fromkeys(map(Path.resolve, folders)):  # each once
         plan, seeds = read_six(folder)
         series.setdefault(plan, []).extend(seeds)
-    reference = {}
-    for r in read_csv(PAPER / "reference_dmcontrol.csv"):
-        reference.setdefault((r["task"], r["memory"]), []).append((float(r["million_frames"]), float(r["return"])))
-    names, longest = ("mean of the six", *envs.TRAIN_TASKS), max(planned for _, planned in series)
-    rows = []
+    reference, rows = read_csv(PAPER / "reference_dmcontrol.csv"), []
     for (memory, planned), seeds in series.items():
-        for i, name in enumerate(names):
-            theirs = np.array(reference.get((name, memory), [(np.nan, np.nan)]))
+        for i, name in enumerate(SIX):
+            curve = [r for r in reference if (r["task"], r["memory"]) == (name, memory)]
+            steps, returns = numbers(curve, "million_frames", "return")
             for budget in BUDGETS:
                 found = np.array([near(s, 1e6 * budget) for s in seeds])
                 found = found.mean(1) if i == 0 else found[:, i - 1]
                 found = found[np.isfinite(found)]
                 if len(found):
-                    within = theirs[0, 0] <= budget <= theirs[-1, 0]
-                    paper = float(np.interp(budget, *theirs.T)) if within else ""
-                    rows.append(row(memory, f"{name}, {budget} of {planned:g} million", paper, found, 1e6 * budget))
-
-    def panel(axis, line, column):
-        i = 4 * line + column
-        if i >= len(names):
-            axis.axis("off")
-            return
-        for (memory, planned), seeds in series.items():
-            colour = COLOURS[memory]
-            end = max(s[-1, 0] for s in seeds)
-            x = np.geomspace(min(s[0, 0] for s in seeds) / 0.95, end, 80)
-            y = np.array([[near(s, steps) for steps in x] for s in seeds])  # (seeds, 80, tasks)
-            y = y.mean(2) if i == 0 else y[..., i - 1]
-            axis.plot(x / 1e6, experiment.nanmean(y, 0), color=colour, alpha=1 if planned == longest else 0.5,
-                      label=f"{memory}, seeds: {len(seeds)}, {end / 1e6:.3g} of {planned:g}M")
-            axis.fill_between(x / 1e6, np.fmin.reduce(y, 0), np.fmax.reduce(y, 0), color=colour, alpha=0.2, lw=0)
-            if (names[i], memory) in reference:
-                axis.plot(*zip(*reference[names[i], memory]), ":", color=colour)
-        axis.set(xscale="log", xlabel="million frames, of all tasks", title=names[i], ylabel="return (dotted: paper)")
-        if i == 0:
-            axis.legend(fontsize=7)
-
-    plot_into(PAPER / "dmcontrol.png", 2, 4, panel)
+                    within = len(curve) and steps[0] <= budget <= steps[-1]
+                    paper = float(np.interp(budget, steps, returns)) if within else ""
+                    rows.append(row(memory, f"{name}, {budget} of {planned:g} million", paper, found, 1e6 * budget)
+                                | {"task": name, "schedule": f"{planned:g}", "device": device})
     return rows
 
 
-FIGURES = {"memory": draw_memory, "popgym": draw_popgym, "metacart": draw_metacart}
+# ---- Figures: each is drawn from the rows of its table -------------------------------------------
+def seeds_in_words(rows):
+    """Returns "3 seeds", or "2 to 3 seeds" if the rows differ."""
+    least, most = (f(int(r["seeds"]) for r in rows) for f in (min, max))
+    return f"{least} seed{'s' * (least > 1)}" if least == most else f"{least} to {most} seeds"
+
+
+def draw_memory(rows):
+    rows = [r | {"length": r["at"], "mean": r["ours"]} for r in rows]
+    memory_chain.draw(rows, PAPER / "memory.png", read_csv(PAPER / "reference_memory.csv"))
+
+
+def draw_popgym(rows):
+    def panel(axis, *_):
+        for i, memory in enumerate(("S5", "GRU", "none")):
+            mine = [r for r in rows if r["memory"] == memory]
+            if not mine:
+                continue
+            word = WORDS.get(memory, memory)
+            x = np.array([POPGYM.index(r["at"]) for r in mine]) + (i - 1) * 0.28
+            paper, ours, low, high = numbers(mine, "paper", "ours", "low", "high")
+            axis.bar(x - 0.06, ours, 0.12, yerr=[ours - low, high - ours], capsize=2,
+                     color=COLOURS[word], label=f"ours, {word} ({seeds_in_words(mine)})")
+            axis.bar(x + 0.06, paper, 0.12, facecolor="white", edgecolor=COLOURS[word], linestyle="--",
+                     label=f"paper, {word}")
+        names = [task.replace("Stateless", "\nStateless").removesuffix("Hard").strip() for task in POPGYM]
+        axis.set_xticks(range(len(POPGYM)), names)
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set(ylabel="best mean return", title="POPGym, hard versions, within 15 million environment steps")
+
+    plot_into(PAPER / "popgym.png", 1, 1, panel, size=(8, 3.8), legend=3)
+
+
+def draw_metacart(rows):
+    reference = read_csv(PAPER / "reference_metacart.csv")
+
+    def panel(axis, *_):
+        for memory in dict.fromkeys(r["memory"] for r in rows):
+            word, colour, marker = METACART[memory]
+            mine = [r for r in rows if r["memory"] == memory and r["at"].startswith("episode ")]
+            ours, worst = numbers(mine, "ours", "worst")
+            episodes = [int(r["at"].removeprefix("episode ")) for r in mine]
+            axis.plot(episodes, ours, color=colour, label=f"ours, {word} ({seeds_in_words(mine)})",
+                      **OURS | {"marker": marker})
+            axis.fill_between(episodes, worst, ours, color=colour, alpha=0.15, lw=0)
+            theirs = [r for r in reference if r["memory"] == memory and r["episode"].isdecimal()]
+            if theirs:  # none of "plain"
+                axis.plot(*numbers(theirs, "episode", "return"), color=colour,
+                          label=f"paper, {WORDS.get(memory, memory)}", **PAPER_STYLE)
+        axis.axvline(EPISODES + 0.5, color="grey", lw=0.7)
+        axis.text(EPISODES + 0.7, 1.02, "longer than in training", fontsize=7, color="grey")
+        axis.set(xlabel="episode of the trial", ylabel="return (1: perfect)", ylim=(0, 1.07),
+                 title="Projected StatelessCartPole (shade: down to the worst seed)")
+
+    plot_into(PAPER / "metacart.png", 1, 1, panel, size=(8, 4.6), legend=3)
+
+
+def draw_dmcontrol(rows):
+    reference = read_csv(PAPER / "reference_dmcontrol.csv")
+    series = dict.fromkeys((r["memory"], r["schedule"], r["device"]) for r in rows)
+
+    def panel(axis, line, column):
+        i = 4 * line + column
+        if i == len(SIX):  # the legend of all panels
+            axis.legend(*figure_entries, loc="center", fontsize=8, frameon=False)
+            axis.axis("off")
+            return
+        of_task = [r for r in rows if r["task"] == SIX[i]]
+        for (memory, schedule, device), marker in zip(series, itertools.cycle("osD^vP")):
+            mine = [r for r in of_task if (r["memory"], r["schedule"], r["device"]) == (memory, schedule, device)]
+            steps, ours, worst = numbers(mine, "million_frames", "ours", "worst")
+            words = ", ".join(filter(None, ["ours", DMCONTROL.get(memory, memory), device]))
+            colour = COLOURS.get(WORDS.get(memory, memory), "tab:purple")
+            colour = "navy" if (memory, device) == ("S5", "one H200") else colour  # as in summary.py
+            axis.plot(steps, ours, color=colour, **OURS | {"marker": marker},
+                      label=f"{words}, schedule of {schedule} million ({seeds_in_words(mine)})")
+            axis.fill_between(steps, worst, ours, color=colour, alpha=0.15, lw=0)
+        for memory in ("S5", "LSTM", "none"):
+            curve = [r for r in reference if (r["task"], r["memory"]) == (SIX[i], memory)
+                     and float(r["million_frames"]) <= BUDGETS[-1]]
+            word = WORDS.get(memory, memory)
+            axis.plot(*numbers(curve, "million_frames", "return"), color=COLOURS[word], label=f"paper, {word}",
+                      **PAPER_STYLE)
+        figure_entries[:] = axis.get_legend_handles_labels()
+        axis.set(xlim=(4, 600), ylim=(0, None), xlabel=MILLIONS, title=SIX[i], ylabel="return")
+        log_axis(axis, "x", [5, 10, 20, 50, 100, 200, 500])
+
+    figure_entries = []
+    plot_into(PAPER / "dmcontrol.png", 2, 4, panel, size=(3.9, 3))
+
+
+FIGURES = {"memory": (memory_rows, draw_memory), "popgym": (popgym_rows, draw_popgym),
+           "metacart": (metacart_rows, draw_metacart), "dmcontrol": (dmcontrol_rows, draw_dmcontrol)}
 
 
 def main():
     parser = make_parser(__doc__)
-    parser.add_argument("figure", choices=[*FIGURES, "dmcontrol"])
+    parser.add_argument("figure", choices=list(FIGURES))
     parser.add_argument("folders", nargs="*", type=Path, help="run folders (dmcontrol only)")
+    parser.add_argument("--device", default="", help="of these runs, in words (dmcontrol only)")
+    parser.add_argument("--draw", action="store_true", help="run and read nothing, draw the table")
     parser.add_argument("--only", nargs="+", default=[""], help="only runs whose name contains one of these")
     add_jobs_flag(parser)
     options = parser.parse_args()
-    if (options.figure == "dmcontrol") != bool(options.folders):
-        parser.error("dmcontrol draws the run folders that it is given; the other figures have their own")
-    runs = runs_of(options.figure)
-    chosen = [run for run in runs if any(part in run.path.name for part in options.only)]
-    if runs and not chosen:
-        parser.error(f"--only {' '.join(options.only)} matches none of {', '.join(run.path.name for run in runs)}")
-    failed = launch(chosen, options.jobs)
-    rows = draw_dmcontrol(options.folders) if options.folders else FIGURES[options.figure](runs)
+    if bool(options.folders) != (options.figure == "dmcontrol" and not options.draw):
+        parser.error("dmcontrol needs run folders or --draw; the other figures have their own runs")
+    rows_of, draw = FIGURES[options.figure]
+    rows, failed = [], 0
+    if options.folders:
+        rows = rows_of(options.folders, options.device)
+    elif not options.draw:
+        runs = runs_of(options.figure)
+        chosen = [run for run in runs if any(part in run.path.name for part in options.only)]
+        if not chosen:
+            parser.error(f"--only {' '.join(options.only)} matches none of {', '.join(run.path.name for run in runs)}")
+        failed = launch(chosen, options.jobs)
+        rows = rows_of(runs)
+    rows = write_table(options.figure, rows)
     if not rows:
         parser.error("nothing to draw yet")
-    write_table(options.figure, rows)
+    draw(rows)
     print(f"wrote {PAPER / options.figure}.csv and .png")
     sys.exit(failed > 0)
 

@@ -26,11 +26,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from common import (  # first: it finds the project
+    COLOURS,
     RESULTS,
+    WORDS,
     Program,
     Table,
+    add_legend,
     compile_program,
+    device,
+    log_axis,
     make_parser,
+    numbers,
     plot_into,
     run_main,
     seconds,
@@ -92,8 +98,8 @@ def compile_cost(memory: Any, cost: str, length: int, batch: int, width: int) ->
     return compile_program(function, *args), args, sum(p.size for p in jax.tree.leaves(params))
 
 
-def measure(name: str, make: Callable, cost: str, batch: int, options: Any, table: Table) -> list[tuple]:
-    """Adds a row for every length that a memory reaches, and returns [(length, milliseconds)]."""
+def measure(name: str, make: Callable, cost: str, batch: int, options: Any, table: Table) -> None:
+    """Adds a row for every length that a memory reaches."""
     points = []
     for length in sorted(options.lengths):
         once = cost == "acting" and name != "transformer"  # its cost does not depend on the length
@@ -109,7 +115,6 @@ def measure(name: str, make: Callable, cost: str, batch: int, options: Any, tabl
         table.add(model=name, batch=batch, cost=cost, length=length, ms=1e3 * took,
                   tokens_per_s=round(tokens / took), megabytes=program.megabytes,
                   compile_s=program.compile_s, parameters=parameters)
-    return points
 
 
 def exponent(points: list[tuple]) -> float:
@@ -117,6 +122,29 @@ def exponent(points: list[tuple]) -> float:
     if len(points) < 2:
         return float("nan")
     return np.polyfit(*np.log(np.array(points[-3:])).T, 1)[0]
+
+
+def draw(rows: list[dict], path: Path, title: str) -> None:
+    """Writes a panel for each cost and batch: milliseconds against the length."""
+    batches = list(dict.fromkeys(row["batch"] for row in rows))
+
+    def panel(axis, i, j):
+        mine = [row for row in rows if (row["cost"], row["batch"]) == (COSTS[i], batches[j])]
+        for name in dict.fromkeys(row["model"] for row in mine):
+            points = list(zip(*numbers([row for row in mine if row["model"] == name], "length", "ms")))
+            word = WORDS.get(name, name)
+            style = dict(color=COLOURS[word.split()[0]], linestyle=":" if "parallel" in word else "-")
+            if len(points) == 1:
+                axis.axhline(points[0][1], label=f"{word}, any length", **style)
+            else:
+                axis.plot(*zip(*points), label=f"{word}, length^{exponent(points):.1f}", marker="o", ms=3, **style)
+        axis.set(title=f"{COSTS[i]}, batch {batches[j]}", xlabel="sequence length (steps)",
+                 ylabel="milliseconds per step" if COSTS[i] == "acting" else "milliseconds")
+        log_axis(axis, "x", [4**k for k in range(1, 9)])
+        log_axis(axis, "y")
+        add_legend(axis)
+
+    plot_into(path, len(COSTS), len(batches), panel, title, size=(3.9, 3.2))
 
 
 def main():
@@ -137,23 +165,12 @@ def main():
         parser.error(f"unknown model {min(unknown)!r}; known: {', '.join(memories)}")
     memories = {name: memories[name] for name in options.models or memories}
     table = Table(options.out)
-    points = {(cost, batch, name): measure(name, make, cost, batch, options, table)
-              for batch in options.batches for name, make in memories.items() for cost in COSTS
-              if (cost, name) != ("acting", "S5 parallel")}  # either scan acts alike
-
-    def draw(axis, i, j):
-        cost, batch = COSTS[i], options.batches[j]
-        for k, name in enumerate(memories):
-            found = points.get((cost, batch, name), [])
-            if len(found) == 1:
-                axis.axhline(found[0][1], color=f"C{k}", label=name)
-            elif found:
-                axis.plot(*zip(*found), "o-", ms=3, color=f"C{k}", label=f"{name}: {exponent(found):.2f}")
-        axis.set(xscale="log", yscale="log", title=f"{cost}, batch {batch}", xlabel="length",
-                 ylabel="ms per step" if cost == "acting" else "ms")
-        axis.legend(fontsize=7)
-
-    plot_into(options.out.with_suffix(".png"), len(COSTS), len(options.batches), draw)
+    for batch in options.batches:
+        for name, make in memories.items():
+            for cost in COSTS:
+                if (cost, name) != ("acting", "S5 parallel"):  # either scan acts alike
+                    measure(name, make, cost, batch, options, table)
+    draw(table.rows, options.out.with_suffix(".png"), device())
 
 
 if __name__ == "__main__":

@@ -33,13 +33,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from common import (  # first: it finds the project
     RESULTS,
     Table,
     compile_program,
+    device,
     make_parser,
+    numbers,
     plot_into,
     run_main,
     seconds,
@@ -147,19 +150,21 @@ def measure(trainer: Any, config: Any, seeds: int, rate: float) -> dict[str, Any
             "of_matmul_%": 100 * flops / update_s / rate}
 
 
-def draw(axis, rows: list[dict]) -> None:
-    """Bars: microseconds per environment step of every row, by part."""
-    bottom = [0.0] * len(rows)
-    for part in ("environment", "acting", "update"):
-        height = [1e4 * row[f"{part}_%"] / row["steps_per_s"] for row in rows]
-        axis.barh(range(len(rows)), height, left=bottom, label=part)
-        bottom = [a + b for a, b in zip(bottom, height)]
-    axis.set_yticks(range(len(rows)), [
-        f"{row['trainer']}, {row['num_envs']} x {row['num_steps']},\nwidth {row['width']}, seeds: {row['seeds']}"
-        for row in rows], fontsize=6)
-    axis.set(xlabel="microseconds per environment step")
-    axis.invert_yaxis()
-    axis.legend(fontsize=7)
+def draw(rows: list[dict], path: Path, title: str) -> None:
+    """Writes bars: microseconds per environment step of every row, by part."""
+    def panel(axis, *_):
+        bottom, (rate,) = np.zeros(len(rows)), numbers(rows, "steps_per_s")
+        for part in ("environment", "acting", "update"):
+            height = 1e4 * numbers(rows, f"{part}_%")[0] / rate
+            axis.barh(range(len(rows)), height, left=bottom, label=part)
+            bottom = bottom + height
+        axis.set_yticks(range(len(rows)), [
+            f"{row['trainer']}: {row['num_envs']} environments x {row['num_steps']} steps,\n"
+            f"width {row['width']}, {row['seeds']} seed{'s' * (int(row['seeds']) > 1)}" for row in rows], fontsize=7)
+        axis.set(xlabel="microseconds per environment step")
+        axis.invert_yaxis()
+
+    plot_into(path, 1, 1, panel, title, size=(7, 1 + 0.4 * len(rows)), legend=3)
 
 
 def setting(text: str) -> tuple[str, int]:
@@ -201,7 +206,7 @@ def main():
     print(f"a product of two {MATRIX} x {MATRIX} float32 matrices: {rate / 1e9:.0f} GFLOP/s")
     for trainer, config, seeds in wanted:
         table.add(**measure(trainer, config, seeds, rate))
-    plot_into(options.out.with_suffix(".png"), 1, 1, lambda axis, *_: draw(axis, table.rows))
+    draw(table.rows, options.out.with_suffix(".png"), device())
 
 
 if __name__ == "__main__":

@@ -78,6 +78,7 @@ MISTAKES = (  # a command line, and part of the sentence that answers it
     ("reproduce dmcontrol {0}/begun", "begun has no logged update yet"),
     ("reproduce dmcontrol {0}/beheaded", "beheaded/metrics.csv does not begin with the names of its columns"),
     ("reproduce popgym --only nowhere", "--only nowhere matches none of"),
+    ("reproduce dmcontrol", "dmcontrol needs run folders or --draw"),
     ("scaling --trainers nowhere --out {0}/table.csv", "nowhere.py --total-timesteps 3000000 ended with an error"),
     ("seeds --env Nowhere-v0", "unknown environment 'Nowhere-v0'"),
     ("seeds --num-envs 7", "num_envs=7 must be divisible"),
@@ -489,12 +490,11 @@ def test_reproduce_draws_what_an_agent_does_in_every_episode(reproduce):
     runner = jax.jit(jax.vmap(train_s5.make_train(config).init))(jax.random.PRNGKey(0)[None])
     experiment.save(experiment.Run(config, options, run.path), 3, runner)
     assert run.reached() == 3072 and run.todo() is None
-    rows = {row["at"]: row for row in reproduce.draw_metacart([run])}
+    rows = {row["at"]: row for row in reproduce.metacart_rows([run])}
     assert rows["episode 16"]["paper"] == 0.36 and 0 < rows["episode 16"]["ours"] <= 1
     assert rows["best sum of 16"]["ours"] == pytest.approx(16 * 0.3)
     assert (run.path / "by_episode.json").exists()
-    reproduce.write_table("metacart", list(rows.values()))
-    assert "| metacart | S5, never reset | episode 16 | 0.36 |" in (reproduce.PAPER / "README.md").read_text()
+    reproduce.draw_metacart(reproduce.write_table("metacart", list(rows.values())))
     assert (reproduce.PAPER / "metacart.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -504,11 +504,25 @@ def test_reproduce_scores_popgym_by_its_best_update(reproduce):
         rows = [{"update": i, "steps": 100 * i, "seed": 0, "return/popgym:RepeatPreviousHard": x}
                 for i, x in ((1, best), (2, best - 0.3))]
         write_run(run.path, config_of(run)[0], rows)
-    s5, none = reproduce.draw_popgym(runs)
+    s5, none = rows = reproduce.popgym_rows(runs)
     assert (s5["ours"], s5["paper"], none["ours"], none["paper"]) == (0.8, 0.91, -0.4, -0.48)
     assert s5["million_frames"] == 2e-4
+    reproduce.write_table("popgym", rows)
     shutil.rmtree(runs[0].path)  # what was scored is not forgotten with its folder
-    assert [row["ours"] for row in reproduce.draw_popgym(runs)] == [0.8, -0.4]
+    rows = reproduce.write_table("popgym", reproduce.popgym_rows(runs))
+    assert [row["ours"] for row in rows] == ["0.8", "-0.4"]
+    reproduce.draw_popgym(rows)
+    assert (reproduce.PAPER / "popgym.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_reproduce_keeps_a_row_of_more_seeds_or_steps(reproduce):
+    four, one = ([0.8] * n for n in (4, 1))
+    reproduce.write_table("popgym", [reproduce.row("S5", "RepeatPreviousHard", 0.91, four, 2e6)])
+    for seeds, steps in ((one, 3e6), (four, 1e6)):
+        [kept] = reproduce.write_table("popgym", [reproduce.row("S5", "RepeatPreviousHard", 0.91, seeds, steps)])
+        assert (kept["seeds"], kept["million_frames"]) == ("4", "2")
+    [newer] = reproduce.write_table("popgym", [reproduce.row("S5", "RepeatPreviousHard", 0.91, four, 3e6)])
+    assert newer["million_frames"] == "3"
 
 
 def test_reproduce_compares_curves_at_equal_frames(reproduce, tmp_path):
@@ -518,14 +532,17 @@ def test_reproduce_compares_curves_at_equal_frames(reproduce, tmp_path):
             for m in range(1, 31) for seed in (0, 1)]
     config = train_s5.Config(total_timesteps=20_000_000)
     write_run(tmp_path / "six", config, rows)
-    found = {r["at"]: r for r in reproduce.draw_dmcontrol([tmp_path / "six"])}
+    found = {r["at"]: r for r in reproduce.dmcontrol_rows([tmp_path / "six"], "one H200")}
     assert len(found) == 7 * 3  # at 5, 10 and 20 million
     mean, spin = found["mean of the six, 20 of 20 million"], found["finger-spin, 10 of 20 million"]
     assert (mean["paper"], mean["ours"]) == (150, 80) and (spin["ours"], spin["worst"]) == (35, 30)
     assert found["mean of the six, 5 of 20 million"]["paper"] == ""
+    assert (mean["task"], mean["schedule"], mean["device"]) == ("mean of the six", "20", "one H200")
+    reproduce.draw_dmcontrol(reproduce.write_table("dmcontrol", list(found.values())))
+    assert (reproduce.PAPER / "dmcontrol.png").read_bytes().startswith(b"\x89PNG")
     write_run(tmp_path / "one", train_s5.Config(env=("reacher-easy",)), rows)
     with pytest.raises(ValueError, match="not on the six"):
-        reproduce.draw_dmcontrol([tmp_path / "one"])
+        reproduce.dmcontrol_rows([tmp_path / "one"], "")
 
 
 def test_reproduce_compares_equal_parameters(load):
@@ -553,12 +570,13 @@ def test_reproduce_draws_finished_lengths(reproduce):
         run.path.write_text("length,memory,mean,low,high,worst,seeds,parameters,us_per_step,megabytes,episodes,steps\n"
                             f"{length},s5,0.9,0.8,1.0,0.7,5,100,12.5,3.5,10000,50000\n")
     assert [run.todo() is None for run in runs] == [True, True, False]
-    rows = reproduce.draw_memory(runs)
-    assert [(r["memory"], r["at"], r["paper"]) for r in rows] == [("S5", 4, 1.0), ("LSTM", 4, 1.0)]
-    reproduce.write_table("memory", rows)
+    rows = reproduce.write_table("memory", reproduce.memory_rows(runs))
+    assert [(r["memory"], r["at"], r["paper"]) for r in rows] == [("S5", "4", "1.0"), ("LSTM", "4", "1.0")]
+    reproduce.draw_memory(rows)
     runs[0].path.unlink()  # what was drawn is not forgotten with its table
     runs[1].path.write_text(runs[1].path.read_text().replace("12.5", "11.5"))
-    assert [(r["memory"], r["us_per_step"]) for r in reproduce.draw_memory(runs)] == [("S5", 12.5), ("LSTM", 11.5)]
+    rows = reproduce.write_table("memory", reproduce.memory_rows(runs))
+    assert [(r["memory"], r["us_per_step"]) for r in rows] == [("S5", "12.5"), ("LSTM", "11.5")]
 
 
 def test_a_script_runs_in_any_folder_without_the_settings_of_the_tests():
