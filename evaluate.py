@@ -262,9 +262,9 @@ def measure(agent: Agent, tasks: tuple, trials: int, deterministic: bool = False
     variants += [("memory", family) for family in these.families if family != agent.family]
     seeds = range(len(agent.seeds))
     with tqdm(total=len(variants) * len(seeds), unit="test", leave=False) as bar:
-        bar.set_description(f"{agent.name}: compiling {len(tasks)} tasks, about a minute")
+        bar.set_description(f"{agent.name}: compiling, about a minute")
         play = make_play(agent, these, deterministic)
-        bar.set_description(f"{agent.name}: playing {len(tasks)} tasks")
+        bar.set_description(f"{agent.name}: playing {len(tasks) * trials} trials a test")
 
         def test(place, variant):
             _, out = play(place, *variant)

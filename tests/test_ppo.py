@@ -333,10 +333,9 @@ def test_seeds_side_by_side_train_as_if_alone():
 # ---- Runs ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("trainer,changes", [
     # more than ten seconds: physics, system identification and both networks are compiled
-    (train_s5, dict(env=("cartpole-swingup", "reacher-easy"), num_envs=4)),
-    (train_s5, dict(env=("point_mass-easy",), episodes_per_trial=2, projection="orthogonal")),
+    (train_s5, dict(env=("cartpole-swingup", "point_mass-easy"), num_envs=4, episodes_per_trial=2,
+                    projection="orthogonal", dtype="bfloat16")),
     (train_s5, MEMORY_CHAIN),
-    (train_s5, dict(env=("Pendulum-v1",), dtype="bfloat16")),
     (train_lstm, dict(env=("Pendulum-v1",), dtype="bfloat16", reset="step"))])
 def test_trains_and_stays_finite(trainer, changes):
     train, init, run, _ = compiled(trainer, **changes)
