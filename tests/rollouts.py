@@ -13,8 +13,6 @@ import envs
 
 KEY = jax.random.PRNGKey(0)
 PLAIN = dict(observe_change=False, sysid=False, privileged=False)  # what compiles soonest
-# most programs here run once: compile time is what counts
-quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 class ClockState(NamedTuple):
@@ -89,7 +87,7 @@ def point_mass():
 @functools.cache
 def compiled(trials):
     """The functions reset(key, stagger) and step(state, action, t)."""
-    return quick(trials.reset, static_argnums=1), quick(trials.step)
+    return jax.jit(trials.reset, static_argnums=1), jax.jit(trials.step)
 
 
 def rollout(trials, steps, state=None, stagger=False, key=KEY):

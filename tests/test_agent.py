@@ -19,7 +19,6 @@ import envs
 import sysid
 
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.usefixtures("quick")
 SHORT = dict(episodes_per_trial=2, env_kwargs=("max_steps_in_episode=7",))
 KINDS = {  # settings of a run: projected, with sysid; bare and discrete; permuted and discrete; bare and continuous
     "DMControl": dict(**SHORT),
@@ -205,7 +204,7 @@ def test_a_file_cut_short_is_refused(part, good, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def good(tmp_path_factory, quick):
+def good(tmp_path_factory):
     path = make_run(tmp_path_factory.mktemp("runs") / "good") / "agent.msgpack"
     assert agent_file.load(path).seeds == [0]
     return path

@@ -21,7 +21,6 @@ import train_lstm
 import train_s5
 
 FOLDER = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.usefixtures("quick")
 TRAINERS = {"train_s5": train_s5, "train_lstm": train_lstm}
 
 

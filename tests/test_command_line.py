@@ -13,7 +13,7 @@ import experiment
 import train_lstm
 import train_s5
 
-pytestmark = pytest.mark.usefixtures("quick", "compiled_once")
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 # ---- Flags ---------------------------------------------------------------------------------------

@@ -11,8 +11,6 @@ import envs
 import experiment
 import train_s5
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 
 @pytest.fixture
 def module(load):

@@ -21,7 +21,6 @@ import devices
 import experiment
 import train_s5
 
-pytestmark = pytest.mark.usefixtures("quick")
 ROOT = Path(__file__).resolve().parent.parent
 QUICKLY = {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 

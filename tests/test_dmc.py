@@ -21,8 +21,6 @@ STARTS = {}  # of each task, the first task that starts like it
 for name, task in dmc.TASKS.items():
     same = [t for t in STARTS if (dmc.TASKS[t].model, repr(dmc.TASKS[t].start)) == (task.model, repr(task.start))]
     STARTS[name] = same[0] if same else name
-# most programs here run once: compile time is what counts
-quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def make(task, backend="fused"):
@@ -211,7 +209,7 @@ def our_step(task, data):
         others = [dmc.TASKS[other].reward(after, action, env) for other in tasks_like(task)[1:]]
         return obs, jnp.stack([reward, *others]), terminated
 
-    obs, reward, terminated = quick(jax.vmap(step))(state, jnp.asarray(data["action"]))
+    obs, reward, terminated = jax.jit(jax.vmap(step))(state, jnp.asarray(data["action"]))
     assert not terminated.any()
     return np.array(obs), np.array(reward)
 
@@ -254,9 +252,8 @@ def test_starts_distributed_as_in_dm_control(task):
         assert may_touch or physics.data.ncon == 0
     theirs = {k: np.array([x[k] for x in theirs]) for k in theirs[0]}
     env, params = make(task)
-    compiled = jax.jit if task.startswith("cheetah") else quick  # it simulates
-    obs, state = compiled(jax.vmap(env.reset_env, (0, None)))(jax.random.split(KEY, 2000), params)
-    assert may_touch or (np.array(quick(jax.vmap(env.min_distance))(state.qpos)) >= 0).all()
+    obs, state = jax.jit(jax.vmap(env.reset_env, (0, None)))(jax.random.split(KEY, 2000), params)
+    assert may_touch or (np.array(jax.jit(jax.vmap(env.min_distance))(state.qpos)) >= 0).all()
     assert not np.array(state.time).any()
     ours = {"obs": obs} | {k: getattr(state, k) for k in theirs if k != "obs"}
     if "wrap_prm" in theirs:  # how the two directions lie to one another
@@ -284,7 +281,7 @@ def test_cheetah_falls_as_in_dm_control():
         u.append(np.pad((random.uniform(low, high) - low) / (high - low), (7, dmc.NUM_UNIFORM - 13)))
     assert (np.abs(np.array(rest)[:, 9:]).max(1) > 1e-6).all()  # dm_control leaves it moving, if hardly
     with jax.enable_x64(True):
-        state = quick(jax.vmap(lambda u: dmc.cheetah_start(u, env)))(jnp.array(u))
+        state = jax.jit(jax.vmap(lambda u: dmc.cheetah_start(u, env)))(jnp.array(u))
     error = np.abs(np.concatenate([state.qpos, state.qvel], 1) - rest).max(1)
     print(f"cheetah: median {np.median(error):.1e}, max {error.max():.1e}")
     assert np.median(error) < 1e-8 and error.max() < 1e-3
@@ -332,9 +329,9 @@ def test_dtypes_under_x64(task):
 def test_mjx_backend_agrees():
     env, params = make("point_mass-hard", backend="mjx")
     fused, _ = make("point_mass-hard")
-    obs, state = quick(jax.vmap(env.reset_env, (0, None)))(jax.random.split(KEY, 8), params)
+    obs, state = jax.jit(jax.vmap(env.reset_env, (0, None)))(jax.random.split(KEY, 8), params)
     action = jax.random.uniform(KEY, (8, env.model.nu), minval=-1, maxval=1)
-    a, b = (quick(jax.vmap(e.step_env, (None, 0, 0, None)))(KEY, state, action, params) for e in (env, fused))
+    a, b = (jax.jit(jax.vmap(e.step_env, (None, 0, 0, None)))(KEY, state, action, params) for e in (env, fused))
     np.testing.assert_allclose(a[0], b[0], atol=1e-5)
     np.testing.assert_allclose(a[2], b[2], atol=1e-4)
     assert np.abs(np.array(a[1].qvel)).max() > 1e-3

@@ -17,7 +17,6 @@ import report
 import train_s5
 
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.usefixtures("quick")
 TRIALS, STEPS = 3, 60  # of a run as from make_run
 
 
@@ -32,12 +31,12 @@ def agent(run):
 
 
 @pytest.fixture(scope="module")
-def result(agent, quick):
+def result(agent):
     return evaluate.measure(agent, TASKS, TRIALS, deterministic=True)
 
 
 @pytest.fixture(scope="module")
-def starts(agent, quick):
+def starts(agent):
     """{family: (state, observation)} of the trials of `result`'s second seed, and their TestTrials."""
     trials = evaluate.TestTrials(agent, TASKS, TRIALS)
     start, key = jax.jit(trials.start), evaluate.trial_keys(1)[0]

@@ -26,7 +26,6 @@ import own_memory  # noqa: E402
 import train_transformer  # noqa: E402
 from own_environment import ContinuousCueRecall, CueRecall, settings  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("quick")  # nearly all of the time is compilation
 SIZES = ["--width", "8", "--num-envs", "8", "--num-steps", "16", "--num-minibatches", "2", "--layers", "1",
          "--log-every", "2"]
 

@@ -24,7 +24,7 @@ import train_lstm
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = dict(env=("CartPole-v1",), width=8, num_envs=8, num_steps=16, num_minibatches=2, layers=1,
              update_epochs=2, log_every=2, total_timesteps=512)
-pytestmark = pytest.mark.usefixtures("quick", "compiled_once")
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 # ---- What a run writes ---------------------------------------------------------------------------
@@ -178,7 +178,7 @@ def test_sigkill_and_resume_are_bit_identical(tmp_path):
              "--width", "8", "--num-envs", "8", "--num-steps", "16", "--num-minibatches", "2",
              "--layers", "1", "--devices", "2", "--checkpoint-minutes", "0", "--no-evaluate"]
     env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2",
-                        "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+                        "JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
 
     def start(*flags):
         return subprocess.Popen([sys.executable, str(ROOT / "train_s5.py"), *flags], env=env,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rollouts import KEY, PLAIN, Clock, ClockState, quick, rollout
+from rollouts import KEY, PLAIN, Clock, ClockState, rollout
 
 import envs
 
@@ -118,7 +118,7 @@ def test_trials_can_be_scanned_in_64_bits(env):
 
 @pytest.mark.parametrize("env", [Loose, Typed])
 def test_numbers_of_python_and_numpy_become_arrays_of_the_wider_type(env):
-    state, observation, transition, summary = quick(scanned(env(), **PLAIN))(KEY)
+    state, observation, transition, summary = jax.jit(scanned(env(), **PLAIN))(KEY)
     assert not transition.diverged.any() and np.isnan(summary["return"])
     assert list(transition.episode_end[:, 0]) == [False, False, True, False, False]
     np.testing.assert_array_equal(transition.episode_return[:, 0], [1, 2, 3, 1, 2])
@@ -128,7 +128,7 @@ def test_numbers_of_python_and_numpy_become_arrays_of_the_wider_type(env):
 
 def test_nothing_is_nan_under_debug_nans():
     with jax.debug_nans(True):
-        summary = quick(scanned(Clock(), **PLAIN))(KEY)[-1]
+        summary = jax.jit(scanned(Clock(), **PLAIN))(KEY)[-1]
     assert summary["return"] == -np.inf
 
 
@@ -154,7 +154,7 @@ def test_actions_use_the_bounds_of_their_space(low, high, projection):
     """All of it and no more: both ends and something between them are reached."""
     trials = envs.Trials([Bounded(low, high)], 81, projection=projection, **PLAIN)
     bins = jnp.stack(jnp.meshgrid(jnp.arange(9), jnp.arange(9)), -1).reshape(81, 2)
-    matrix = quick(trials.draw)(KEY).act_matrix
+    matrix = jax.jit(trials.draw)(KEY).act_matrix
     control = np.asarray(trials.control(matrix, bins))
     low, high = (np.float32(np.broadcast_to(x, 2)) for x in (low, high))
     np.testing.assert_array_equal(control.min(0), low)
@@ -187,8 +187,8 @@ def test_discrete_spaces_may_start_anywhere():
             return 11 + state.time, ClockState(action, state.time + 1), 0.0, False, {}
 
     trials = envs.Trials([Shifted()], 3, projection="none", **PLAIN)
-    state, observation = quick(trials.reset, static_argnums=1)(KEY, False)
+    state, observation = jax.jit(trials.reset, static_argnums=1)(KEY, False)
     assert (observation.projected.argmax(-1) == 0).all() and trials.obs_size == 7
-    state, observation, _ = quick(trials.step)(state, jnp.arange(3)[:, None])
+    state, observation, _ = jax.jit(trials.step)(state, jnp.arange(3)[:, None])
     np.testing.assert_array_equal(state.env[0].start, [-1, 0, 1])
     assert (observation.projected.argmax(-1) == 1).all()

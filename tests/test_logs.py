@@ -12,7 +12,7 @@ import devices
 import experiment
 import logs
 
-pytestmark = pytest.mark.usefixtures("quick", "compiled_once")
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 # ---- Sweeps --------------------------------------------------------------------------------------

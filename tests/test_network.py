@@ -21,7 +21,6 @@ import train_lstm
 import train_s5
 from vector_s5 import VectorS5
 
-pytestmark = pytest.mark.usefixtures("quick")
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -13,8 +13,6 @@ from small import TRAINERS, bitwise, close, small
 import train_lstm
 import train_s5
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 
 def no_pmean(x):
     return x

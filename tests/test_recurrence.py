@@ -11,8 +11,6 @@ from s5 import hippo, linear_recurrence, reset_operator, zoh
 
 T, B, P = 11, 3, 12       # small, and T no power of two: the time goes into compiling
 SCANS = ("parallel", "sequential")
-pytestmark = pytest.mark.usefixtures("quick")  # nearly all of the time is compilation
-
 
 def close(actual, expected, tolerance=1e-5):
     """Equal trees, within tolerance of the largest magnitude of each leaf."""

@@ -18,12 +18,11 @@ import evaluate
 import physics
 import replay
 
-pytestmark = pytest.mark.usefixtures("quick")
 TASK, STEPS, TRIALS = "reacher-easy", 60, 3
 
 
 @pytest.fixture(scope="module")
-def agent(tmp_path_factory, quick):
+def agent(tmp_path_factory):
     return evaluate.load(make_run(tmp_path_factory.mktemp("runs") / "s5", env=(TASK,)))
 
 

@@ -18,7 +18,6 @@ import report
 import train_lstm
 
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.usefixtures("quick")
 TRIALS = 3
 NOTEBOOK = "module://no_such_notebook.backend"  # MPLBACKEND of a notebook that is not here
 
@@ -34,7 +33,7 @@ def agent(run):
 
 
 @pytest.fixture(scope="module")
-def result(agent, quick):
+def result(agent):
     return evaluate.measure(agent, TASKS, TRIALS, deterministic=True)
 
 

@@ -23,7 +23,7 @@ import run_folder
 import train_s5
 
 bitwise = functools.partial(jax.tree.map, np.testing.assert_array_equal)
-pytestmark = pytest.mark.usefixtures("quick", "compiled_once")
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 # ---- Folders that cannot be used -----------------------------------------------------------------

@@ -13,7 +13,6 @@ from test_recurrence import SCANS, B, P, T, close, complex_normal
 import s5
 from s5 import S5, hippo
 
-pytestmark = pytest.mark.usefixtures("quick")  # nearly all of the time is compilation
 H = 8
 
 
@@ -273,7 +272,7 @@ PUSHES = {"none": {}, "decay up": {"decay": 1e3}, "decay far up": {"decay": 1e6}
 
 
 @pytest.fixture(scope="module")
-def pushed(quick):
+def pushed():
     """{push: (params, first state, last state, y, gradient)}, 10,000 steps of each in one call."""
     net, params, state, x, _ = make()
     steps = 10_000                                  # a constant input, which is what integrates up, and noise

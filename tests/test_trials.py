@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rollouts import KEY, PLAIN, Clock, Sized, compiled, point_mass, quick, rollout, symlog
+from rollouts import KEY, PLAIN, Clock, Sized, compiled, point_mass, rollout, symlog
 from scipy.stats import chisquare
 
 import envs
@@ -33,7 +33,7 @@ class Reference:
         self.episode_return = np.zeros(self.N)
         self.t = self.early_ends = 0  # ends before an action's last repetition
         self.raw_step = [
-            quick(jax.vmap(lambda s, a, env=env, params=params: env.step_env(KEY, s, a, params)))
+            jax.jit(jax.vmap(lambda s, a, env=env, params=params: env.step_env(KEY, s, a, params)))
             for env, params in zip(trials.envs, trials.params)]
         self.sysid = None
         self.begin(np.ones(self.N, bool), np.ones(self.N, bool), first)
@@ -127,7 +127,7 @@ class Reference:
             np.where(begun, 0, features), state.reshape(self.N, -1)), transition
 
 
-@quick
+@jax.jit
 def update_sysid(state, *step):
     """(state, features) without and with solving for the model."""
     state = sysid.update(state, *step)
@@ -135,7 +135,7 @@ def update_sysid(state, *step):
     return (state, sysid.features(state)), (solved, sysid.features(solved))
 
 
-@functools.partial(quick, static_argnums=1)
+@functools.partial(jax.jit, static_argnums=1)
 def start_sysid(linear, width):
     return sysid.start(linear, width)
 
@@ -235,7 +235,7 @@ def test_discrete_actions_are_permuted_in_every_trial():
                          episodes_per_trial=2, **PLAIN)
     assert trials.num_bins == 4
 
-    @quick
+    @jax.jit
     def run(key):
         def step(state, t):
             right = state.env[0].last[:, 0]  # the card to repeat
@@ -293,7 +293,7 @@ def test_first_episodes_end_at_times_spread_evenly():
     assert not out.state.env[0].time[0].any()
     clocks = envs.Trials([Clock()], 3000, episodes_per_trial=3, projection="none", **PLAIN,
                          env_kwargs={"max_steps_in_episode": 10})
-    counters = quick(clocks.reset)(KEY)[0].counters  # the trial's clock is random, not only the episode's
+    counters = jax.jit(clocks.reset)(KEY)[0].counters  # the trial's clock is random, not only the episode's
     counts = np.bincount(10 * np.array(counters.episode) + counters.episode_step, minlength=30)
     assert len(counts) == 30 and counts.min() > 50 and counts.max() < 150
 
@@ -360,7 +360,7 @@ def test_training_tasks_under_seeds_and_scan():
         return jax.lax.scan(step, trials.reset(key)[0], jnp.arange(24))
 
     seeds = jax.random.split(KEY, 2)
-    traced = quick(jax.vmap(run)).trace(seeds)
+    traced = jax.jit(jax.vmap(run)).trace(seeds)
     branches = str(traced.jaxpr).count("cond[")
     assert branches >= 2, "a branch became a select: its cost would be paid in every step"
     state, (observation, transition) = traced.lower().compile()(seeds)
@@ -377,8 +377,8 @@ def test_training_tasks_under_seeds_and_scan():
 def test_blocks_change_nothing(monkeypatch, n, blocks):
     """On a CPU environments are stepped in equal blocks; 13 of them cannot be cut into such."""
     trials = envs.Trials([Clock()], n, projection="none", **PLAIN)
-    state, action = quick(trials.reset)(KEY)[0], jax.random.randint(KEY, (n, 1), 0, 9)
-    whole = quick(trials.step)(state, action)[1:]
+    state, action = jax.jit(trials.reset)(KEY)[0], jax.random.randint(KEY, (n, 1), 0, 9)
+    whole = jax.jit(trials.step)(state, action)[1:]
     monkeypatch.setattr(envs, "CPU_BLOCK", 8)
     x = jnp.arange(n)
 
@@ -386,9 +386,9 @@ def test_blocks_change_nothing(monkeypatch, n, blocks):
         return str(jax.make_jaxpr(lambda x: envs.vmap_in_blocks(jnp.sin, x))(1.0 * x)).count("scan[")
 
     assert scans() == (blocks > 1)
-    found = quick(lambda x: envs.vmap_in_blocks(lambda y: {"y": y, "size": jnp.ones(3) * y}, x))(x)
+    found = jax.jit(lambda x: envs.vmap_in_blocks(lambda y: {"y": y, "size": jnp.ones(3) * y}, x))(x)
     assert (found["y"] == x).all() and found["size"].shape == (n, 3)
-    again = quick(lambda *args: trials.step(*args))(state, action)[1:]
+    again = jax.jit(lambda *args: trials.step(*args))(state, action)[1:]
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), again, whole)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert scans() == 0
@@ -415,7 +415,7 @@ def test_devices_step_the_environments_of_one():
             return (first.obs_matrix, first.act_matrix, first.counters, arrays), trials.summary(transition)
 
         mapped = jax.vmap(one, in_axes=None, axis_name="data", axis_size=shards)
-        by_device, summary = quick(mapped)(KEY)
+        by_device, summary = jax.jit(mapped)(KEY)
 
         def in_order(x):  # (shards, N / shards, ...), by device, to (N, ...), by task
             return np.array(x.reshape(shards, 2, -1, *x.shape[2:]).swapaxes(0, 1).reshape(N, *x.shape[2:]))

@@ -7,8 +7,6 @@ import pytest
 from vector_s5 import VectorS5, inverse
 
 T, N, S, V, n = 35, 5, 3, 2, 12
-pytestmark = pytest.mark.usefixtures("quick")
-
 
 def apply(net, params, *inputs):
     return jax.jit(net.apply)(params, *inputs)
