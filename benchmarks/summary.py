@@ -52,7 +52,7 @@ def plot_training(axis) -> None:
     axis.plot(*metrics("gpu/plain64_metrics.csv"), color="navy", linestyle=":", linewidth=1.8,
               label="ours, no additions, one H200 (one seed)")
     axis.plot(*metrics("vector/metrics.csv"), color="tab:purple", linewidth=1.8,
-              label="ours, vector memory, no sysid, H200 (three seeds)")
+              label="ours, vector memory, no sysid, CPU (three seeds)")
     default = next(row for row in read_csv(RESULTS / "training.csv") if row["run"] == "default 20 million")
     mean, low, high = (float(default[name]) for name in ("return", "low", "high"))
     axis.errorbar(20, mean, [[mean - low], [high - mean]], color="black", fmt="D", markersize=5, capsize=3,

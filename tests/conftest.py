@@ -21,6 +21,16 @@ if version("jaxlib").startswith("0.10."):  # later versions have no such flag
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "jax-icrl-tests"))
 
 
+@pytest.fixture
+def optimised():
+    """Compiles as users do: for programs that run long, and for bounds that depend on the last bits."""
+    import jax  # after the settings above
+
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
 @pytest.fixture(scope="module")
 def compiled_once():
     """Compiles once for equal trainer, configuration and devices."""

@@ -347,22 +347,13 @@ def test_trains_and_stays_finite(trainer, changes):
     assert max(float(jnp.abs(a - b).max()) for a, b in zip(start, params)) > 1e-4
 
 
-LEARNERS = {
-    # MemoryChain of length 5: the bit of the first step decides the reward of the last; chance is 0
-    "a task that needs memory": (0.8, dict(env=("MemoryChain-bsuite",), env_kwargs=("memory_length=5",),
-                                           total_timesteps=120_000)),
-    # a random policy balances for 22 steps
-    "CartPole": (150.0, dict(env=("CartPole-v1",), total_timesteps=120_000)),
-}
-
-
-@pytest.mark.parametrize("task", LEARNERS)
-def test_learns(task):
-    least, changes = LEARNERS[task]
-    config = train_s5.Config(width=32, state_size=32, layers=1, num_envs=32, num_steps=64, num_minibatches=2,
-                             lr=3e-3, **changes)
+def test_learns_cartpole():
+    """A random policy balances for 22 steps. A task that needs memory: tests/test_benchmarks.py."""
+    config = train_s5.Config(
+        env=("CartPole-v1",), total_timesteps=120_000, width=32, state_size=32, layers=1, num_envs=32,
+        num_steps=64, num_minibatches=2, lr=3e-3)
     returns = jax.jit(train_s5.make_train(config))(jax.random.PRNGKey(0))["metrics"]["return"]
-    assert np.nanmean(returns[-5:]) > least
+    assert np.nanmean(returns[-5:]) > 150
 
 
 # ---- Unusual numbers -----------------------------------------------------------------------------
