@@ -178,7 +178,8 @@ def test_sigkill_and_resume_are_bit_identical(tmp_path):
              "--width", "8", "--num-envs", "8", "--num-steps", "16", "--num-minibatches", "2",
              "--layers", "1", "--devices", "2", "--checkpoint-minutes", "0", "--no-evaluate"]
     env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2",
-                        "JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
+                        "JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": "",
+                        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
     def start(*flags):
         return subprocess.Popen([sys.executable, str(ROOT / "train_s5.py"), *flags], env=env,
