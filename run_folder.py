@@ -57,8 +57,8 @@ class Options:
             if kind in (int, float) and value < 0:
                 raise ValueError(f"{field.name} must not be negative, got {value}")
         check_texts("sweep", self.sweep)
-        if self.num_seeds < 1:
-            raise ValueError(f"num_seeds must be at least 1, got {self.num_seeds}")
+        if not 1 <= self.num_seeds <= 2**16:
+            raise ValueError(f"num_seeds must be at least 1 and at most 65536, got {self.num_seeds}")
         if self.seed + self.num_seeds > 2**32:
             raise ValueError("seeds must be below 2**32 = 4294967296, got seeds up to "
                              f"{self.seed + self.num_seeds - 1}")

@@ -136,9 +136,10 @@ class Config(MemoryConfig):
                 valid = value in get_args(field.type)
             elif kind in (int, float):
                 least = "at least" if field.name in may_be_zero else "above"
-                expected = f"{kind.__name__}, finite and {least} 0"
+                most = 2**40 if field.name == "total_timesteps" else 2**20
+                expected = f"{kind.__name__}, {least} 0 and below {most}"
                 valid = isinstance(value, (int, kind)) and not isinstance(value, bool)
-                valid = valid and (0 < value < 2**40 or value == 0 and field.name in may_be_zero)
+                valid = valid and (0 < value < most or value == 0 and field.name in may_be_zero)
             else:
                 expected = kind.__name__
                 valid = isinstance(value, kind)

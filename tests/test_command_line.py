@@ -59,6 +59,7 @@ def test_the_command_line_trains_and_evaluates(tmp_path, monkeypatch, capsys, no
 
 @pytest.mark.parametrize("flags,message", [
     (["--num-seeds", "0"], "num_seeds must be at least 1"), (["--seed", "-1"], "seed must not be"),
+    (["--num-seeds", "100000000"], "at most 65536"),
     (["--lr", "-1"], "lr must be positive"), (["--lr", "high"], "--lr"),
     (["--num-envs", "7"], "divisible"), (["--no-such-flag"], "no-such-flag"),
     (["--total-timestep", "7"], "--total-timesteps"), (["--num-seed", "2"], "--num-seeds"),
