@@ -262,7 +262,8 @@ def make_program(make_train: Callable, config: Any, mesh: Mesh, num_agents: int)
         cores = mesh.size > 1 and jax.default_backend() == "cpu"  # as devices they share no threads
         return jitted.lower(shapes).compile({"xla_cpu_multi_thread_eigen": False} if cores else {})
 
-    return Program(jax.jit(init), shapes, compile)
+    once = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return Program(jax.jit(init, compiler_options=once), shapes, compile)
 
 
 def drop_empty(tree: Any, shapes: Any) -> list[Any]:
