@@ -30,16 +30,8 @@ import tyro
 from tqdm import tqdm
 
 import devices
-
-if __name__ == "__main__":
-    try:
-        devices.find_devices()  # gymnax, which replay.py imports, uses one
-    except ValueError as error:
-        devices.stop(2, f"error: {error}")
-
 import envs
 import experiment
-import replay as replay_page
 from agent import Agent, load, plain
 from report import FAMILIES, POLICIES, Result, reduce_trials, write_comparison, write_report
 
@@ -358,11 +350,10 @@ def evaluate(folders: tyro.conf.Positional[tuple[Path, ...]], tasks: tuple[str, 
         make_folder(folder)  # before the work
     results = []
     for agent, folder in zip(agents, places):
-        for write, names in ((replay_page.write_html, replay), (replay_page.write_gif, gif)):
+        for kind, names in (("html", replay), ("gif", gif)):
             for task in dict.fromkeys(map(plain, names)):
-                path = folder / f"replay-{task}.{write.__name__.removeprefix('write_')}"
-                write(record_trial(agent, task, trials, deterministic), path)
-                print(f"wrote {path}")
+                write_replay(record_trial(agent, task, trials, deterministic),
+                             folder / f"replay-{task}.{kind}")
         results.append(measure(agent, chosen, trials, deterministic))
         print(f"\n{write_report(results[-1], folder)}")
     if len(results) > 1:
@@ -378,6 +369,14 @@ def parse_setting(texts: tuple[str, ...]) -> dict[str, float]:
     except ValueError:
         raise ValueError(f"--setting {' '.join(texts)}: expected NAME=NUMBER, such as lr=1e-3"
                          ) from None
+
+
+def write_replay(trial: dict, path: Path) -> None:
+    """Writes a recorded trial as a page or a GIF."""
+    import replay  # needs mujoco
+
+    (replay.write_gif if path.suffix == ".gif" else replay.write_html)(trial, path)
+    print(f"wrote {path}")
 
 
 def make_folder(folder: Path) -> None:
@@ -398,6 +397,7 @@ def report(folder: Path | str) -> Result:
 def main() -> None:
     experiment.use_cache()
     try:
+        devices.find_devices()
         tyro.cli(evaluate, description=__doc__)
     except KeyboardInterrupt:
         devices.stop(130)
