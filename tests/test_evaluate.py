@@ -284,7 +284,7 @@ def test_imports_run_one_way():
         found = re.findall(r"^(?:import|from) (\w+)", (ROOT / f"{name}.py").read_text(), re.M)
         return {f for f in found if (ROOT / f"{f}.py").exists()}
 
-    assert imported("evaluate") == {"agent", "devices", "envs", "experiment", "replay", "report"}
+    assert imported("evaluate") == {"agent", "devices", "envs", "experiment", "report"}  # replay on request
     assert imported("report") == {"agent", "logs"} and imported("agent") == {"envs", "run_folder"}
     assert imported("experiment") == {"devices", "logs", "run_folder"}
     assert imported("logs") == {"run_folder"} and imported("run_folder") == {"devices"}
