@@ -146,7 +146,7 @@ class Config(MemoryConfig):
             if not valid:
                 raise ValueError(f"{field.name} must be {expected}, got {value!r}")
         if not all(isinstance(n, int) and 0 < n < 1000 for n in self.action_repeat):
-            raise ValueError(f"action_repeat must be positive integers, got {self.action_repeat}")
+            raise ValueError(f"action_repeat must be positive integers below 1000, got {self.action_repeat}")
         if max(self.gamma, self.gae_lambda) > 1:
             raise ValueError(f"gamma and gae_lambda must be at most 1, got {self.gamma}, {self.gae_lambda}")
         if self.vector_memory and not (
