@@ -32,7 +32,7 @@ class Board:
     """
 
     def __init__(self, folder: Path, end: str, purge: int | None = None):
-        """Begins a file with the name's end. What others hold from step `purge` on is not shown."""
+        """Begins a file whose name ends in `end`. TensorBoard drops older files' events from step `purge`."""
         from tensorboardX.event_file_writer import EventsWriter
         folder.mkdir(parents=True, exist_ok=True)
         self.writer, self.flushed = EventsWriter(str(folder / "events"), end), -math.inf
