@@ -97,6 +97,11 @@ def squash(x):
     return x * lax.rsqrt(1 + jnp.abs(x))
 
 
+def bounded(x):
+    """Vectors x (..., n), shortened to a root mean square of 5: units are tiny before anything has moved."""
+    return x * lax.rsqrt(jnp.maximum(jnp.square(x).mean(-1, keepdims=True) / 25, 1))
+
+
 class VectorS5(nn.Module):
     """The layer described at the top of this file."""
 
@@ -223,6 +228,7 @@ class VectorS5(nn.Module):
         *lead, c, J, n = x.shape
         x = x * held.unit[..., None, :, None]
         error = x - matmul(z, held.weights).reshape(x.shape)
+        x, error = bounded(x), bounded(error)
         both = jnp.concatenate([x, error], -2).reshape(*lead, c * 2 * J, n)
         crossed = matmul(both, held.dual.mT).reshape(*lead, c, -1)
         lengths = [(x[..., i, None, :] * x).sum(-1) for i in range(J)] + [jnp.square(error).sum(-1)]

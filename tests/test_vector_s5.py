@@ -103,6 +103,14 @@ def test_rotation_and_unit_change_nothing(case):
     close(apply(net, params, state, s, v @ rotation, reset)[1], apply(net, params, state, s, v, reset)[1], 1e-3)
 
 
+@pytest.mark.parametrize("first", [0.0, 1e-7])
+def test_output_is_bounded_when_motion_begins(case, first):
+    """The first change of a trial is nothing, so the next is large in units of those so far."""
+    net, params, state, s, v, reset = case
+    v = v.at[0, :, 1].multiply(first)
+    assert abs(apply(net, params, state, s, v, jnp.zeros_like(reset))[1]).max() < 20
+
+
 def test_gradients_are_finite(case):
     net, params, *x = case
     gradient = jax.jit(jax.grad(lambda p: jnp.square(net.apply(p, *x)[1]).sum()))(params)
