@@ -4,7 +4,7 @@
     python benchmarks/gpu.py --minutes 9 --out DIR        # runs what fits into nine minutes
     python benchmarks/gpu.py --small --out DIR            # everything tiny, on any machine
 
-A job is missing while there is no folder results/gpu/JOB. Two jobs run side by side, so that both compile at
+A job is missing while there is no folder results/gpu/JOB. Three jobs run side by side, so that all compile at
 once; a job that measures speed runs alone. A job starts only if its expected seconds are left. What still
 runs at the end is stopped and kept as JOB-unfinished. After each job all folders so far, without subfolders,
 are packed into DIR/gpu-1.tar.gz, gpu-2.tar.gz, ... of at most 15 MB each: the logs and agent.msgpack of a run,
@@ -27,6 +27,7 @@ import jax
 from common import RESULTS, ROOT, make_parser, positive, run_main  # first: it finds the project
 
 LARGEST = 15e6  # bytes of an archive
+BESIDE = 3  # jobs at a time
 RESERVE = 15  # seconds for stopping and packing
 TINY = ("--env", "CartPole-v1", "--num-envs", "8", "--num-steps", "16", "--num-minibatches", "2", "--width",
         "8", "--layers", "1", "--log-every", "2", "--total-timesteps", "512")
@@ -48,12 +49,14 @@ class Job(NamedTuple):
     alone: bool = False  # measures speed
     xla_flags: str = ""
 
-    def command(self, folder: Path, small: bool) -> list[str]:
+    def command(self, small: bool) -> list[str]:
+        """The script and its flags, without those that say where to write."""
+        return [self.script, *self.flags, *(self.small if small else ())]
+
+    def out(self, folder: Path) -> list[str]:
         if self.script.startswith("benchmarks/"):
-            out = ["--out", str(folder / "table.csv")]
-        else:
-            out = ["--out", str(folder), "--no-evaluate", "--checkpoint-minutes", "2"]
-        return [sys.executable, str(ROOT / self.script), *self.flags, *(self.small if small else ()), *out]
+            return ["--out", str(folder / "table.csv")]
+        return ["--out", str(folder), "--no-evaluate", "--checkpoint-minutes", "2"]
 
 
 def learn(name: str, question: str, *flags: str, script: str = "train_s5.py", millions: int = 300) -> Job:
@@ -68,8 +71,17 @@ def speed(name: str, question: str, num_envs: int, *flags: str, xla_flags: str =
     return Job(name, question, 160, "train_s5.py", flags, alone=True, xla_flags=xla_flags)
 
 
+def memory(name: str, question: str, *flags: str) -> Job:
+    """100 million steps by three seeds side by side, with the sizes of a network on a CPU."""
+    sizes = ("--num-envs", "1536", "--width", "64", "--layers", "3", "--state-size", "32", "--num-seeds", "3")
+    return Job(name, question, 440, "train_s5.py", (*flags, *sizes, "--total-timesteps", "100000000"))
+
+
 BUFFERS = "--xla_gpu_enable_command_buffer="  # nothing: off
 JOBS = (
+    memory("vectors", "what vectors without sysid learn in 100 million steps", "--no-sysid", "--vector-memory"),
+    memory("none", "what sysid alone learns, hidden state reset in every step", "--reset", "step"),
+    memory("s5", "what S5 adds to sysid"),
     learn("default64", "what the default agent learns with 82 instead of 20 gradient steps per million steps"),
     learn("plain64", "what the paper's agent learns: S5 without additions", *PAPER),
     learn("lstm64", "what the LSTM learns with all additions", script="train_lstm.py"),
@@ -111,12 +123,13 @@ class Running:
     def __init__(self, job: Job, work: Path, small: bool):
         self.job, self.folder, self.begin = job, work / job.name, time.monotonic()
         self.folder.mkdir(parents=True)
-        self.command = job.command(self.folder, small)
+        self.command = job.command(small)
         variables = os.environ | ({"XLA_FLAGS": job.xla_flags} if job.xla_flags else {})
         if not job.alone:
-            variables["XLA_PYTHON_CLIENT_MEM_FRACTION"] = "0.4"
+            variables["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(0.9 / BESIDE)
         with (self.folder / "log.txt").open("w") as log:
-            self.process = subprocess.Popen(self.command, cwd=ROOT, env=variables, stdout=log, stderr=log)
+            command = [sys.executable, *self.command, *job.out(self.folder)]
+            self.process = subprocess.Popen(command, cwd=ROOT, env=variables, stdout=log, stderr=log)
         print(f"{job.name}: started", flush=True)
 
     def end(self) -> Path:
@@ -128,7 +141,7 @@ class Running:
         state = "stopped" if code is None else f"exit status {code}"
         took = round(time.monotonic() - self.begin)
         print(f"{self.job.name}: {state} after {took} s", flush=True)
-        record = {"question": self.job.question, "command": self.command[1:], "xla_flags": self.job.xla_flags,
+        record = {"question": self.job.question, "command": self.command, "xla_flags": self.job.xla_flags,
                   "card": card(), "jax": jax.__version__, "seconds": took, "state": state}
         (self.folder / "job.json").write_text(json.dumps(record, indent=1) + "\n")
         name = self.job.name if code == 0 else f"{self.job.name}-unfinished"
@@ -164,8 +177,8 @@ def run(jobs: list[Job], deadline: float, work: Path, out: Path, small: bool) ->
             done.append(one.end())
             pack(done, out)
         fits = [job for job in waiting if job.seconds <= left]
-        beside = len(running) == 1 and fits and not fits[0].alone and not running[0].job.alone
-        if fits and (beside or not running):
+        alone = any(one.job.alone for one in running) or fits and fits[0].alone
+        if fits and (not running or len(running) < BESIDE and not alone):
             waiting.remove(fits[0])
             running.append(Running(fits[0], work, small))
         elif not running:

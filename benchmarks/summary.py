@@ -49,7 +49,7 @@ def plot_training(axis) -> None:
         axis.plot(steps, returns, color=COLOURS[word], label=f"paper, {word}", **PAPER_STYLE)
     axis.plot(*run(300), color=COLOURS["S5"], label="ours, two CPU cores (one seed)", **OURS)
     axis.plot(*run(500), color="navy", label="ours, one H200 (one seed)", **OURS | {"marker": "s"})
-    axis.plot(*metrics("gpu/plain64_metrics.csv"), color="navy", linestyle=":", linewidth=1.8,
+    axis.plot(*metrics("gpu/plain64/metrics.csv"), color="navy", linestyle=":", linewidth=1.8,
               label="ours, no additions, one H200 (one seed)")
     axis.plot(*metrics("vector/metrics.csv"), color="tab:purple", linewidth=1.8,
               label="ours, vector memory, no sysid, CPU (three seeds)")

@@ -217,8 +217,8 @@ def test_every_number_of_the_results_table_is_in_its_csv_file():
     ("default 20 million", "default/metrics.csv"),
     ("vector memory without sysid 20 million", "vector/metrics.csv"),
     ("LSTM without sysid 20 million", "vector/lstm_no_sysid.csv"),
-    ("default 300 million GPU", "gpu/default64_metrics.csv"),
-    ("paper's agent 300 million GPU", "gpu/plain64_metrics.csv")])
+    ("default 300 million GPU", "gpu/default64/metrics.csv"),
+    ("paper's agent 300 million GPU", "gpu/plain64/metrics.csv")])
 def test_the_return_of_a_run_is_the_mean_over_the_last_tenth_of_its_log(run, log):
     rows = rows_of(log)
     last = rows[-(len(rows) // 10):]
