@@ -1,9 +1,10 @@
-"""The README's figure, drawn from the CSV files in results/.
+"""Two figures over the paper's curves, drawn from the CSV files in results/.
 
-    python benchmarks/summary.py                     # writes results/summary.png
+    python benchmarks/summary.py    # writes results/summary.png and results/memories.png
 
-Left: mean return of the six projected tasks during training, over the paper's curves. Right: return of
-agents on MemoryChain by episode length. The paper's values were read off its plots.
+summary.png, of the README: mean return of the six projected tasks during training; return of agents on
+MemoryChain by episode length. memories.png: memories with and without sysid during training; reward within
+a trial of the agent with the vector memory. The paper's values were read off its plots.
 """
 
 import numpy as np
@@ -24,6 +25,17 @@ from common import (  # first: it finds the project
     run_main,
 )
 
+import envs
+
+
+MEMORIES = (  # log of a run, colour, line, label
+    ("gpu/s5/metrics.csv", "tab:blue", "-", "S5, sysid, H200 (three seeds)"),
+    ("gpu/none/metrics.csv", "tab:gray", "-", "no memory, sysid, H200 (three seeds)"),
+    ("gpu/vectors/metrics.csv", "tab:purple", ":", "vectors, no sysid, H200 (three seeds)"),
+    ("vector/metrics.csv", "magenta", ":", "vectors, no sysid, CPU (three seeds)"),
+    ("vector/lstm_no_sysid.csv", "tab:orange", ":", "LSTM, no sysid, CPU (three seeds)"),
+    ("gpu/plain64/metrics.csv", "navy", ":", "S5, no sysid, raw state hidden, H200 (one)"))
+
 
 def run(schedule: int) -> list[np.ndarray]:
     """Returns (million steps, mean return of the six) of the S5 runs with this schedule, in million steps."""
@@ -40,26 +52,53 @@ def metrics(name: str, points: int = 20) -> list[np.ndarray]:
     return [steps.mean(1) / 1e6, np.nanmean(returns, axis=(0, 2))]
 
 
-def plot_training(axis) -> None:
-    """Mean return of the six tasks against environment steps."""
+def plot_paper(axis) -> None:
+    """The paper's mean return of the six tasks against environment steps."""
     curves = [row for row in read_csv(RESULTS / "paper/reference_dmcontrol.csv") if row["task"] == "mean of the six"]
     for memory in ("S5", "LSTM", "none"):
         steps, returns = numbers([row for row in curves if row["memory"] == memory], "million_frames", "return")
         word = WORDS.get(memory, memory)
         axis.plot(steps, returns, color=COLOURS[word], label=f"paper, {word}", **PAPER_STYLE)
+    axis.set(xlim=(4, 600), ylim=(0, 700), xlabel=MILLIONS, ylabel="mean return of six tasks")
+    log_axis(axis, "x", [5, 10, 20, 50, 100, 200, 500])
+
+
+def plot_training(axis) -> None:
+    """Mean return of the six tasks against environment steps."""
+    plot_paper(axis)
     axis.plot(*run(300), color=COLOURS["S5"], label="ours, two CPU cores (one seed)", **OURS)
     axis.plot(*run(500), color="navy", label="ours, one H200 (one seed)", **OURS | {"marker": "s"})
     axis.plot(*metrics("gpu/plain64/metrics.csv"), color="navy", linestyle=":", linewidth=1.8,
               label="ours, no additions, one H200 (one seed)")
-    axis.plot(*metrics("vector/metrics.csv"), color="tab:purple", linewidth=1.8,
-              label="ours, vector memory, no sysid, CPU (three seeds)")
+    axis.plot(*metrics("gpu/vectors/metrics.csv"), color="tab:purple", linewidth=1.8,
+              label="ours, vector memory, no sysid, one H200 (three seeds)")
     default = next(row for row in read_csv(RESULTS / "training.csv") if row["run"] == "default 20 million")
     mean, low, high = (float(default[name]) for name in ("return", "low", "high"))
     axis.errorbar(20, mean, [[mean - low], [high - mean]], color="black", fmt="D", markersize=5, capsize=3,
                   zorder=5, label="ours, default command, CPU (three seeds)")
-    axis.set(xlim=(4, 600), ylim=(0, 700), xlabel=MILLIONS,
-             ylabel="mean return of six tasks", title="Six randomly projected tasks, training")
-    log_axis(axis, "x", [5, 10, 20, 50, 100, 200, 500])
+    axis.set_title("Six randomly projected tasks, training")
+    add_legend(axis)
+
+
+def plot_memories(axis) -> None:
+    """Mean return of the six tasks during training: memories with sysid (solid) and without (dotted)."""
+    plot_paper(axis)
+    for log, colour, line, label in MEMORIES:
+        axis.plot(*metrics(log), color=colour, linestyle=line, linewidth=1.8, label=label)
+    axis.set_title("With and without sysid, training")
+    add_legend(axis)
+
+
+def plot_trial(axis) -> None:
+    """Reward against time since the trial began, mean of the six tasks: vectors on fresh projections."""
+    rows = [row for row in read_csv(RESULTS / "vector/curves.csv") if row["task"] in envs.TRAIN_TASKS]
+    for policy, label in (("memory", "vectors, no sysid"), ("reset", "hidden state reset in every step"),
+                          ("blind", "observations hidden"), ("random", "random actions")):
+        steps, means = numbers([row for row in rows if row["policy"] == policy], "from_step", "mean")
+        axis.plot(*np.array([(step, means[steps == step].mean()) for step in np.unique(steps)]).T, label=label)
+    axis.set(xlabel="environment steps since the trial began", ylabel="mean reward per step",
+             title="Fresh projections, six tasks")
+    axis.set_ylim(0)
     add_legend(axis)
 
 
@@ -80,9 +119,10 @@ def plot_memory(axis) -> None:
 
 
 def main() -> None:
-    """Writes results/summary.png."""
+    """Writes both figures."""
     make_parser(__doc__).parse_args()
-    plot_into(RESULTS / "summary.png", 1, 2, lambda axis, _, i: (plot_training, plot_memory)[i](axis), size=(5, 3.9))
+    for name, *panels in ("summary", plot_training, plot_memory), ("memories", plot_memories, plot_trial):
+        plot_into(RESULTS / f"{name}.png", 1, 2, lambda axis, _, i: panels[i](axis), size=(5, 3.9))
 
 
 if __name__ == "__main__":
