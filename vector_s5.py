@@ -8,10 +8,9 @@
 
 Shapes: s (T, batch, 3), v (T, batch, 2, 12), reset (T, batch) bool, y (T, batch, 64). Needs s5.py.
 
-Why. Under a random projection the coordinates of an observation mean nothing: a Gaussian matrix is as
-likely as any rotation of it. Only relations between vectors can be learned. So this layer is linear in the
-vectors v (the observation and its change), the scalars s (the last action, the reward) decide what is
-stored, and only inner products are read out. Rotating all vectors of a trial changes no output (tested).
+Why. A random projection is as likely as any rotation of it, so only relations between vectors can be learned.
+This layer is linear in the vectors v (the observation and its change). The scalars s (the last action, the
+reward) decide what is stored. Only inner products are read out: no rotation changes the output (tested).
 
 States. Each is the recurrence of S5, x_t = a x_{t-1} + b_t with a = exp(-dt), dt > 0 learned, reset to 0:
 
@@ -28,8 +27,9 @@ x_t - W^T z_t. They are taken in J metrics, the plain one and the inverse second
 every invertible projection preserves; u_q has length 1 in each.
 
 W and the metrics are computed in every `stride`-th step, counted from `zero_state`, and held in between.
-A sequence must begin at such a step. A reset clears what is held as well; y is 0 until the next such step.
+A sequence must begin at such a step. A reset clears them too; y is 0 until the next such step.
 """
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -43,7 +43,6 @@ from s5 import linear_recurrence
 
 class Held(NamedTuple):
     """What is computed in every stride-th step, with the batch axes first."""
-
     unit: Any  # (..., J) one over the root mean square of a value's numbers; 0 if nothing is held
     weights: Any  # (..., K, J n) W, of values in these units
     dual: Any  # (..., Q J, n) u_q times each metric, scaled to length 1
@@ -52,7 +51,6 @@ class Held(NamedTuple):
 
 class State(NamedTuple):
     """The hidden state, float32, with the batch axes first."""
-
     traces: Any  # (..., P) p
     lagged: Any  # (..., V n) w
     sums: Any  # (..., K K + K J n + J) of z z^T, z x^T and |x|^2
@@ -63,10 +61,7 @@ class State(NamedTuple):
 
 def cleared(tree, mask):
     """Leaves (*mask.shape, ...) of tree, 0 where mask."""
-    def clear(x):
-        return jnp.where(jnp.expand_dims(mask, tuple(range(mask.ndim, x.ndim))), 0, x)
-
-    return jax.tree.map(clear, tree)
+    return jax.tree.map(lambda x: jnp.where(jnp.expand_dims(mask, range(mask.ndim, x.ndim)), 0, x), tree)
 
 
 def matmul(a, b):
@@ -131,10 +126,9 @@ class VectorS5(nn.Module):
         def zeros(*shape):
             return jnp.zeros((*batch, *shape), jnp.float32)
 
-        return State(
-            traces=zeros(K - 1 - self.scalars), lagged=zeros(V * n), sums=zeros(K * K + K * J * n + J),
-            moments=zeros(V * n * n), phase=jnp.zeros(batch, jnp.int32),
-            held=Held(zeros(J), zeros(K, J * n), zeros(Q * J, n), zeros(self.features)))
+        held = Held(zeros(J), zeros(K, J * n), zeros(Q * J, n), zeros(self.features))
+        return State(zeros(K - 1 - self.scalars), zeros(V * n), zeros(K * K + K * J * n + J), zeros(V * n * n),
+                     held, jnp.zeros(batch, jnp.int32))
 
     def setup(self):
         K, J, V, Q, n = self.sizes
@@ -144,13 +138,10 @@ class VectorS5(nn.Module):
             random = nn.initializers.normal(noise, jnp.float32)
             return self.param(name, lambda key: random(key, start.shape) + jnp.asarray(start, jnp.float32))
 
-        def log_dt(decays):
-            return np.log(-np.log(decays))
-
         values = np.eye(J, 2 * V)  # v, and below it the last of v minus its trace
         values[V] = values[V - 1] - np.eye(2 * V)[-1]
-        self.trace_dt = param("trace_dt", log_dt(np.repeat(self.lags, self.actions)))
-        self.lagged_dt = param("lagged_dt", log_dt(np.full(V, self.lags[0])))
+        self.trace_dt = param("trace_dt", np.log(-np.log(np.repeat(self.lags, self.actions))))
+        self.lagged_dt = param("lagged_dt", np.log(-np.log(np.full(V, self.lags[0]))))
         self.sums_dt = param("sums_dt", np.log([1 / self.horizon]))
         self.B = param("B", np.tile(np.eye(self.scalars, self.actions), len(self.lags)))
         self.C = param("C", values)
@@ -186,8 +177,7 @@ class VectorS5(nn.Module):
         lead = s.shape[:-1]
         z = jnp.concatenate([jnp.ones_like(s[..., :1]), s, p], -1)
         x = jnp.einsum("jv,...vn->...jn", self.C, jnp.concatenate([v, w.reshape(v.shape)], -2))
-        products = [(z[..., :, None] * y[..., None, :]).reshape(*lead, -1)
-                    for y in (z, x.reshape(*lead, -1))]
+        products = [(z[..., :, None] * y[..., None, :]).reshape(*lead, -1) for y in (z, x.reshape(*lead, -1))]
         sums = jnp.concatenate([*products, jnp.square(x).sum(-1)], -1)
         moments = (v[..., :, :, None] * v[..., :, None, :]).reshape(*lead, -1)
         a = jnp.exp(-jnp.exp(self.sums_dt))
@@ -205,16 +195,14 @@ class VectorS5(nn.Module):
         ridge = (self.ridge + 1 / count)[..., None]
         unit = lax.rsqrt(lax.stop_gradient(sums[..., -J:]) / (n * count) + 1e-12)
         weights = inverse(zz / count[..., None] + 0.3 * ridge * np.eye(K, dtype=np.float32))
-        zx = zx * (unit / count)[..., None, :, None]
-        weights = matmul(weights, zx.reshape(*lead, K, J * n))
+        weights = matmul(weights, (zx * (unit / count)[..., None, :, None]).reshape(*lead, K, J * n))
         moments = moments.reshape(*lead, V, n, n)
         moments = moments * n / ((moments * eye).sum((-2, -1), keepdims=True) + 1e-9)
         metrics = lax.stop_gradient(inverse(moments + 3 * ridge[..., None] * eye))
         metrics = jnp.concatenate([jnp.broadcast_to(eye, (*lead, 1, n, n)), metrics], -3)
 
         u = jnp.einsum("qk,...kn->...qn", self.mix, weights.reshape(*lead, K * J, n))
-        side_by_side = jnp.swapaxes(metrics, -3, -2).reshape(*lead, n, J * n)
-        dual = matmul(u, side_by_side).reshape(*lead, Q * J, n)
+        dual = matmul(u, metrics.swapaxes(-3, -2).reshape(*lead, n, J * n)).reshape(*lead, Q * J, n)
         square = (dual.reshape(*lead, Q, J, n) * u[..., None, :]).sum(-1) + 1e-4  # (..., Q, J)
         scale = lax.rsqrt(square)
         cosine = matmul(dual, u.mT).reshape(*lead, Q, J, Q)
@@ -230,19 +218,17 @@ class VectorS5(nn.Module):
         error = x - matmul(z, held.weights).reshape(x.shape)
         x, error = bounded(x), bounded(error)
         both = jnp.concatenate([x, error], -2).reshape(*lead, c * 2 * J, n)
-        crossed = matmul(both, held.dual.mT).reshape(*lead, c, -1)
+        crossed = squash(2 * matmul(both, held.dual.mT).reshape(*lead, c, -1)) @ self.crossed
         lengths = [(x[..., i, None, :] * x).sum(-1) for i in range(J)] + [jnp.square(error).sum(-1)]
-        y = held.found[..., None, :] + squash(2 * crossed) @ self.crossed
-        y += squash(jnp.concatenate(lengths, -1) / n) @ self.lengths
+        lengths = squash(jnp.concatenate(lengths, -1) / n) @ self.lengths
+        y = held.found[..., None, :] + crossed + lengths
         return jnp.where(held.unit[..., None, :1] > 0, y, 0.0)
 
     def __call__(self, state, s, v, reset):
         """s (T, N, S), v (T, N, V, n), reset (T, N) bool -> (State, y (T, N, H)); see `stride`."""
         (T, N), c = reset.shape, self.stride
         s, v = jnp.asarray(s, jnp.float32), jnp.asarray(v, jnp.float32)
-
-        def run(a, b, x0):
-            return linear_recurrence(a, b, x0, reset, self.scan)
+        run = partial(linear_recurrence, reset=reset, scan=self.scan)
 
         def earlier(x, x0):
             return cleared(jnp.concatenate([x0[None], x[:-1]]), reset)
