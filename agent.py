@@ -213,8 +213,7 @@ class Agent:
     def choose(self, setting: Mapping[str, float], seed: int | None) -> None:
         """Keeps the seeds of one setting, by default of the best in sweep.csv, or one of them."""
         def matches(found, wanted):
-            return all(math.isclose(found.get(name, math.nan), value, rel_tol=1e-5)
-                       for name, value in wanted.items())
+            return all(f"{found.get(name, math.nan):g}" == f"{value:g}" for name, value in wanted.items())
 
         settings, folder = self.settings, self.folder
         known = "; ".join(dict.fromkeys(map(run_folder.name_of, settings)))

@@ -220,7 +220,7 @@ def make_mesh(config: Any, num_agents: int, wanted: int = 0) -> Mesh:
 class Program(NamedTuple):
     """What a run calls. Runners are the trainer's, with a leading axis of A agents."""
 
-    init: Callable  # (keys (A, 2), hyper {name: (A,)}) -> runner
+    init: Callable  # (keys (A, ...), hyper {name: (A,)}) -> runner
     shapes: Any  # of a runner: jax.ShapeDtypeStruct with shardings
     compile: Callable  # () -> function: runner (donated) -> (runner, metrics (A, log_every, ...))
 
@@ -230,11 +230,12 @@ def make_program(make_train: Callable, config: Any, mesh: Mesh, num_agents: int)
     shards = mesh.shape["envs"]
     local = dataclasses.replace(config, num_envs=config.num_envs // shards)
     train = make_train(local, axis="envs" if shards > 1 else None)
-    keys = jax.ShapeDtypeStruct((num_agents, 2), np.uint32)
+    key = jax.eval_shape(jax.random.PRNGKey, 0)
+    keys = jax.ShapeDtypeStruct((num_agents, *key.shape), key.dtype)
     whole = jax.eval_shape(jax.vmap(make_train(config).init), keys)
     share = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), whole)
     if shards > 1:
-        share = jax.eval_shape(make_train(local).init, jax.ShapeDtypeStruct((2,), np.uint32))
+        share = jax.eval_shape(make_train(local).init, key)
     agents = PartitionSpec("agents")
     specs = jax.tree.map(lambda x, part: PartitionSpec("agents", *(
         "envs" if n != m else None for n, m in zip(x.shape[1:], part.shape))), whole, share)

@@ -42,6 +42,9 @@ ACTION_BINS = 9  # values of a continuous action, per dimension
 FAMILIES = ("dmc", "popgym", "brax", "gymnax")  # "dmc:" and "gymnax:" are left out of names
 CPU_BLOCK = 128  # most environments that a CPU steps at once: their arrays then fit its cache
 NO_LIMIT = 2**30  # steps of an episode without a time limit
+REWARDED_AFTER = {  # bsuite's environments that are rewarded at their end, after so many steps or one more
+    "MemoryChain-bsuite": ("memory_length", 1), "UmbrellaChain-bsuite": ("chain_length", 0),
+    "DeepSea-bsuite": ("size", 0), "Catch-bsuite": ("rows", 0)}
 LARGEST = 1e15  # observations beyond it count as diverged: sums of their squares would overflow
 
 
@@ -64,7 +67,7 @@ def parse_kwargs(texts: tuple[str, ...]) -> dict[str, Any]:
         words = {"true": True, "false": False, "none": None}
         try:
             kwargs[name] = words[value.lower()] if value.lower() in words else ast.literal_eval(value)
-        except (ValueError, SyntaxError):  # a plain text, such as a name
+        except (ValueError, SyntaxError, RecursionError):  # a plain text, such as a name
             kwargs[name] = value
     return kwargs
 
@@ -99,6 +102,8 @@ def make(name: Any, /, **kwargs: Any) -> tuple[Any, Any]:
         env = build(**_typed(kwargs, defaults))
     except ImportError as error:
         raise ValueError(f"{name!r} needs a package that is not installed: {error}") from None
+    except SystemExit:
+        raise ValueError(f"{name!r} ends the program instead of giving an environment") from None
     interface = ("default_params", "reset_env", "step_env", "observation_space", "action_space")
     missing = [x for x in interface if not hasattr(env, x)]
     if missing:
@@ -117,9 +122,11 @@ def make(name: Any, /, **kwargs: Any) -> tuple[Any, Any]:
     limit = NO_LIMIT if limit is None else limit
     if not 1 <= limit <= NO_LIMIT:
         raise ValueError(f"{name}: max_steps_in_episode must be in 1 ... {NO_LIMIT}, got {limit}")
-    if not 1 <= getattr(params, "memory_length", 1) < max(limit, 2):  # only its last step is rewarded
-        raise ValueError(f"{name}: memory_length must be in 1 ... {limit - 1}, below "
-                         f"max_steps_in_episode, got {params.memory_length}")
+    length, more = REWARDED_AFTER.get(str(name).removeprefix("gymnax:"), (None, 0))
+    steps = getattr(params, length, getattr(env, length, 1)) if length else 1
+    if not 1 <= steps <= max(limit - more, 1):
+        raise ValueError(f"{name}: {length} must be in 1 ... {limit - more}, got {steps}: no reward comes "
+                         f"before, and max_steps_in_episode is {limit}")
     return env, params
 
 
@@ -129,8 +136,8 @@ def _typed(kwargs: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     for key, value in typed.items():
         kind = type(defaults[key])
         number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-        fits = {bool: isinstance(value, bool), str: isinstance(value, str), float: number,
-                int: number and value % 1 == 0}
+        fits = {bool: isinstance(value, bool), str: isinstance(value, str),
+                float: number and math.isfinite(value), int: number and value % 1 == 0}
         if not fits.get(kind, True):
             raise ValueError(f"{key} must be of type {kind.__name__}, got {value!r}")
         typed[key] = kind(value) if kind in fits else value
@@ -176,7 +183,7 @@ def _constructor(name: str) -> Callable:
             found = getattr(importlib.import_module(family), task)
             return found if callable(found) else lambda: found
         build = _constructors(family).get(task)
-    except Exception as error:  # of any kind: a module of the user's is run
+    except (Exception, SystemExit) as error:  # of any kind: a module of the user's is run
         raise ValueError(f"environment {name!r} cannot be imported: {error}") from None
     if build is None:
         known = {known.rpartition(":")[2]: known for known in names()}
@@ -199,10 +206,12 @@ class ActionSpace(NamedTuple):
 
 def action_space(space: Any) -> ActionSpace:
     """Reads one or more discrete choices, or a bounded array. ValueError if it is something else."""
-    choices = getattr(space, "nvec", None)  # of a MultiDiscrete space
-    choices = np.ravel(getattr(space, "n", ()) if choices is None else choices)
-    first = np.broadcast_to(np.ravel(getattr(space, "start", 0)), choices.shape)
     shape = tuple(getattr(space, "shape", None) or ())
+    choices = getattr(space, "nvec", None)  # of a MultiDiscrete space
+    if choices is None:
+        choices = np.full(shape, 2) if shape and hasattr(space, "n") else getattr(space, "n", ())
+    choices = np.ravel(choices)
+    first = np.broadcast_to(np.ravel(getattr(space, "start", 0)), choices.shape)
     with np.errstate(over="ignore", invalid="ignore"):
         low, high = (np.broadcast_to(np.float32(getattr(space, bound, np.nan)), shape).ravel()
                      for bound in ("low", "high"))
@@ -226,8 +235,13 @@ def parts_of(space: Any) -> list[Any]:
 
 
 def size_of(space: Any) -> int:
-    """Numbers in an observation of a space without parts; discrete ones are one-hot."""
-    return getattr(space, "n", 0) or math.prod(space.shape)
+    """Numbers in an observation of a space without parts; a discrete one is one-hot."""
+    return space.n if is_discrete(space) else math.prod(space.shape)
+
+
+def is_discrete(space: Any) -> bool:
+    """Whether a space is one choice; several, such as binary ones, have a shape."""
+    return hasattr(space, "n") and not getattr(space, "shape", None)
 
 
 # ---- Projections ---------------------------------------------------------------------------------
@@ -411,7 +425,7 @@ class Trials:
 
     def __post_init__(self):
         self.tasks = tuple(self.tasks)
-        names = [task.removeprefix("dmc:") for task in self.tasks if isinstance(task, str)]
+        names = [task.removeprefix("dmc:").removeprefix("gymnax:") for task in self.tasks if isinstance(task, str)]
         if len(set(names)) < len(names):
             raise ValueError(f"a task is listed twice: {', '.join(names)}")
         if not self.tasks or self.num_envs < 1 or self.num_envs % len(self.tasks):
@@ -742,17 +756,21 @@ class Trials:
 
     def flat_obs(self, i, obs):
         """Observations of task i as float32 (n, largest obs_dim), zero-padded."""
-        parts = [jax.nn.one_hot(x - getattr(part, "start", 0), part.n) if getattr(part, "n", 0) else x
+        parts = [jax.nn.one_hot(x - getattr(part, "start", 0), part.n) if is_discrete(part) else x
                  for x, part in zip(jax.tree.leaves(obs), self.obs_parts[i], strict=True)]
-        flat = [x.reshape(len(x), -1).astype(jnp.float32) for x in parts]
-        return pad_to(jnp.concatenate(flat, -1), (max(self.obs_dims),))
+        flat = jnp.concatenate([x.reshape(len(x), -1).astype(jnp.float32) for x in parts], -1)
+        if flat.shape[1] != self.obs_dims[i]:
+            raise ValueError(f"{self.tasks[i]} gives observations of {flat.shape[1]} numbers, its space says "
+                             f"{self.obs_dims[i]}")
+        return pad_to(flat, (max(self.obs_dims),))
 
     def draw(self, key):
         """A fresh Start for every environment."""
         reset_key, obs_key, act_key = jax.random.split(key, 3)
         states, obs = [], []
         for i, keys in enumerate(self.blocks(self.split(reset_key))):
-            first, state = jax.vmap(self.envs[i].reset_env, (0, None))(keys, self.params[i])
+            started = jax.vmap(self.envs[i].reset_env, (0, None))(keys, self.params[i])
+            first, state = self._returned(i, "reset_env", started, ("observation", "state"))
             states.append(self._as_after_a_step(i, keys, state))
             obs.append(self.flat_obs(i, first))
         obs_matrix = act_matrix = None
@@ -777,8 +795,16 @@ class Trials:
             return jax.tree.map(strong, state, state)
         kind = jnp.int32 if self.discrete else jnp.float32
         action = jnp.zeros((len(keys), *self.act_shapes[i]), kind)
-        step = jax.vmap(lambda *x: self.envs[i].step_env(*x, self.params[i])[1])
-        return jax.tree.map(strong, state, jax.eval_shape(step, keys, state, action))
+        step = jax.vmap(lambda *x: self.envs[i].step_env(*x, self.params[i]))
+        after = self._returned(i, "step_env", jax.eval_shape(step, keys, state, action),
+                               ("observation", "state", "reward", "terminated", "info"))
+        return jax.tree.map(strong, state, after[1])
+
+    def _returned(self, i, function, values, expected):
+        """What a function of task i has returned. ValueError if it has another number of parts."""
+        if not isinstance(values, (tuple, list)) or len(values) != len(expected):
+            raise ValueError(f"{self.tasks[i]}: {function} must return {', '.join(expected)}")
+        return values
 
     def _matrices(self, key, rows, cols):
         """A projection matrix for every environment, (N, largest of rows, largest of cols)."""

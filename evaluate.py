@@ -332,8 +332,9 @@ def evaluate(folders: tyro.conf.Positional[tuple[Path, ...]], tasks: tuple[str, 
                          f"{len(folders)} folders and {trials}")
     agents = [load(folder, parse_setting(setting), seed) for folder in folders]
     for k, agent in enumerate(agents):  # names tell runs apart
-        same = [other.name for other in agents[:k]].count(agent.name)
-        agent.name += f" ({same + 1})" * (same > 0)
+        taken = {other.name for other in agents[:k]}
+        names = [agent.name, *(f"{agent.name} ({number})" for number in range(2, k + 2))]
+        agent.name = next(name for name in names if name not in taken)
     chosen = [choose_tasks(agent, tasks) for agent in agents]
     chosen = tuple(task for task in chosen[0] if all(task in others for others in chosen))
     if not chosen:
@@ -403,6 +404,10 @@ def main() -> None:
         devices.stop(130)
     except (ValueError, OSError) as error:  # an OSError, such as a full disk, is no bug either
         devices.stop(2, f"error: {error}")
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not experiment.out_of_memory(error):
+            raise
+        devices.stop(2, "error: out of memory; lower --trials, or choose one --seed")
 
 
 if __name__ == "__main__":

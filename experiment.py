@@ -33,6 +33,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -83,24 +84,42 @@ def main(config_class: type, make_train: Callable, description: str) -> None:
     os.environ["MPLBACKEND"] = "agg"  # that of a notebook need not be installed
     try:
         devices.start()
-        config, options = parse_flags(config_class, description)
-        if options.resume.strip():
-            config, options = parse_resumed(config_class, options.resume.strip(), description)
+        if resumed := resumed_folder(sys.argv):
+            config, options = parse_resumed(config_class, resumed, description)
+        else:
+            config, options = parse_flags(config_class, description)
+        if getattr(config, "env", ()) == ("help",):
+            return print("\n".join(importlib.import_module("envs").names()))
         folder = run(make_train, config, options)
         if options.evaluate and not options.sweep and devices.is_first():
             evaluate(folder)
     except KeyboardInterrupt:
         devices.stop(130)
     except (ValueError, FloatingPointError, OverflowError, OSError) as error:
-        devices.stop(2, f"error: {error}")
+        devices.stop(2, f"error: {error}{place(error)}")
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if isinstance(error, MemoryError) or any(
-                text in str(error) for text in ("RESOURCE_EXHAUSTED", "ut of memory")):
+        if out_of_memory(error):
             devices.stop(2, "error: out of memory; lower --num-envs, --num-seeds or --width")
         if jax.process_count() == 1:
             raise
         devices.stop(1, "error: another process is gone; go on with --resume in all of them "
                         f"({str(error).splitlines()[0]})")
+
+
+def place(error: Exception) -> str:
+    """Returns where a ValueError arose by mistake, as in an environment of the user's; else ""."""
+    libraries = ("site-packages", "dist-packages", os.path.dirname(os.__file__))
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__)
+              if not any(part in frame.filename for part in libraries)]
+    if not isinstance(error, ValueError) or not frames or frames[-1].line.startswith("raise"):
+        return ""
+    return f" ({frames[-1].filename}, line {frames[-1].lineno})"
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Returns whether an error says so: Python's, or one of the many of JAX."""
+    return isinstance(error, MemoryError) or any(
+        text in str(error) for text in ("RESOURCE_EXHAUSTED", "ut of memory"))
 
 
 def use_cache() -> None:
@@ -125,6 +144,18 @@ def parse_flags(config_class: type, description: str = "", args: list[str] | Non
     return tyro.cli(flags, args=args, description=description, config=(tyro.conf.OmitArgPrefixes,))
 
 
+def resumed_folder(args: list[str]) -> str:
+    """Returns the value of --resume, "" without the flag. ValueError if it is blank."""
+    for flag, following in zip(args, [*args[1:], ""]):
+        name, equals, value = flag.partition("=")
+        if name == "--resume":
+            value = (value if equals else following).strip()
+            if not value:
+                raise ValueError("--resume needs a run folder")
+            return value
+    return ""
+
+
 def parse_resumed(config_class: type, folder: str, description: str = "",
                   args: list[str] | None = None) -> tuple[Any, Options]:
     """Returns (Config, Options) of a run folder; --total-timesteps may differ from the folder's.
@@ -139,13 +170,23 @@ def parse_resumed(config_class: type, folder: str, description: str = "",
     differ = [name for name, value in found.items() if value != before[name]
               and name not in ("total_timesteps", "resume") and (name, value) != ("sweep", ())]
     if differ:
-        flags = ", ".join(f"--{name.replace('_', '-')} {before[name]}" for name in differ)
+        flags = ", ".join(flag_of(name, before[name]) for name in differ)
         raise ValueError(f"{folder} was started with {flags}; beside --resume only "
                          "--total-timesteps can change: leave other flags out, or start a new run")
     if given.total_timesteps != config.total_timesteps:
         say(f"{folder} goes on to {given.total_timesteps:,} steps instead of "
             f"{config.total_timesteps:,}; schedules such as that of lr now run to the new end")
     return dataclasses.replace(config, total_timesteps=given.total_timesteps), options
+
+
+def flag_of(name: str, value: Any) -> str:
+    """Returns a setting as it is written on a command line."""
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    if value in ("", ()):
+        return f"no --{flag}"
+    return f"--{flag} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
 
 
 def evaluate(folder: Path) -> None:
@@ -193,11 +234,11 @@ def run(make_train: Callable, config: Any, options: Options) -> Path:
             wandb = None
             if options.wandb:
                 wandb = on_first(lambda: stack.enter_context(start_wandb(this)))
-            say(f"{this.folder}: {len(agents)} x {config.total_timesteps:,} steps of "
+            say(f"{this.folder}: {len(agents)} x {config.num_updates * config.steps_per_update:,} steps of "
                 f"{', '.join(config.env)} on {mesh.size} {jax.default_backend()}")
             say("compiling, which takes about a minute")
             update, runner, chunk = prepare(make_train, this, mesh)
-        except Exception:
+        except (Exception, SystemExit):
             if devices.is_first() and not options.resume:
                 discard(this.folder)
             raise
@@ -241,7 +282,7 @@ def check(config: Any, options: Options) -> None:
     if not all(isinstance(env, str) for env in config.env):
         raise ValueError("a run folder needs environments by name, such as --env module:Name; "
                          "make_train takes the objects themselves")
-    tasks = [env.removeprefix("dmc:") for env in config.env]
+    tasks = [env.removeprefix("dmc:").removeprefix("gymnax:") for env in config.env]
     if len(set(tasks)) < len(tasks):
         raise ValueError(f"a task is given twice: --env {' '.join(config.env)}")
     for name, value in vars(config).items():
@@ -272,7 +313,7 @@ def first_runner(this: Run, program: devices.Program) -> tuple[int, Any]:
     """Returns (updates done, runner): new, or of the newest checkpoint."""
     rows = this.folder / "metrics.csv"
     if this.options.resume and (saved(this.folder) or rows.exists() and rows.stat().st_size):
-        update, runner = restore(this.folder, program.shapes)
+        update, runner = restore(this, program.shapes)
         if update != devices.from_first(update):
             raise ValueError("the processes found different checkpoints: is the folder shared?")
         if update > this.config.num_updates:

@@ -277,7 +277,8 @@ def plot_training(this: Run) -> None:
             axis.fill_between(steps, np.fmin.reduce(y, 1), np.fmax.reduce(y, 1), alpha=0.25, lw=0)
         axis.set(title=task, xlabel=xlabel, ylabel="episode return")
     if seeds > 1:
-        figure.suptitle(f"line: mean of {seeds} seeds; band: from the lowest to the highest seed")
+        figure.suptitle(f"line: mean of {seeds} seeds;{' ' if len(tasks) > 1 else chr(10)}"
+                        "band: from the lowest to the highest seed")
     if len(settings) > 1:
         handles = axes.flat[0].get_legend_handles_labels()
         figure.legend(*handles, loc="outside lower center", ncols=min(len(settings), len(tasks), 3))
@@ -285,8 +286,8 @@ def plot_training(this: Run) -> None:
 
 
 RANKING = """best of {settings} settings, chosen on the same returns, so that its own are too high
-brackets: 95 % t interval over {seeds} seeds, cut at the lowest and highest return of the run; three
-seeds cannot show that one seed in ten collapses, and no interval over them covers that"""
+brackets: 95 % t interval over {seeds} seeds, cut at the lowest and highest return of the run; so few
+seeds may not show that one seed in ten collapses, and no interval over them covers that"""
 
 
 def write_sweep(this: Run, scores: np.ndarray) -> None:
@@ -304,7 +305,8 @@ def write_sweep(this: Run, scores: np.ndarray) -> None:
     order = np.argsort(-np.nan_to_num(mean, nan=-np.inf), kind="stable")
     of_seed = {f"seed {seed}": scores[:, i]
                for i, (_, seed) in enumerate(agents_of(this.config, this.options)[:seeds])}
-    rows = [settings[i] | {"return": mean[i], "low": low[i], "high": high[i], "seeds": seeds}
+    finite = np.isfinite(scores).sum(1)
+    rows = [settings[i] | {"return": mean[i], "low": low[i], "high": high[i], "seeds": finite[i]}
             | {name: x[i] for name, x in of_seed.items()} for i in order]
     with (this.folder / "sweep.csv").open("w", newline="") as file:
         write_rows(file, rows)

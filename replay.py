@@ -48,7 +48,7 @@ FINGER_OBS = ("proximal", "distal", "tip x", "tip z", "proximal speed", "distal 
 def cartpole(poles):
     angles = [f"{name} {n + 1}" for n in range(poles) for name in ("cos", "sin")]
     speeds = [f"pole {n + 1} speed" for n in range(poles)]
-    return Scene((0, 2), (-2.1, 2.1, 0.75 - poles, 1.25 + poles), ("x", *angles, "speed", *speeds),
+    return Scene((0, 2), (-2 - poles, 2 + poles, 0.75 - poles, 1.25 + poles), ("x", *angles, "speed", *speeds),
                  (("world", line((-2, 1), (2, 1), 0.02, "frame")),))
 
 
@@ -181,6 +181,7 @@ def write_html(data, path):
 # ---- GIF -----------------------------------------------------------------------------------------
 COLOURS = {"self": "#7fa8c9", "effector": "#e69f00", "joint": "#9aa5b1", "frame": "#c6ccd4",
            "tip": "#cc79a7", "target": "#a6dcca"}  # as in replay.html
+BAR = "#0072b2"
 
 
 def write_gif(data, path, max_bytes=1_500_000):
@@ -193,7 +194,7 @@ def write_gif(data, path, max_bytes=1_500_000):
     every = max(1, round(0.08 / drawn["seconds"]))
     while True:
         steps = range(0, len(drawn["sides"][0]["reward"]), every)
-        images = [image.quantize(32, dither=0) for image in frames(drawn, steps)]
+        images = [image.quantize(palette=palette(), dither=0) for image in frames(drawn, steps)]
         images[0].save(path, save_all=True, append_images=images[1:], loop=0, optimize=True,
                        duration=max(20, round(1000 * every * drawn["seconds"] / 10) * 10))
         if path.stat().st_size <= max_bytes:
@@ -202,6 +203,17 @@ def write_gif(data, path, max_bytes=1_500_000):
             path.unlink()
             raise ValueError(f"no GIF of {drawn['task']} has at most {max_bytes} bytes")
         every *= 2
+
+
+def palette():
+    """PIL image that holds every colour of a frame in eight shades, down to white."""
+    from PIL import Image
+
+    colours = [[int(colour[i:i + 2], 16) for i in (1, 3, 5)] for colour in (*COLOURS.values(), BAR, "#000000")]
+    shades = 255 + np.linspace(0, 1, 8)[:, None, None] * (np.array(colours) - 255)
+    image = Image.new("P", (1, 1))
+    image.putpalette(shades.round().astype(int).ravel().tolist())
+    return image
 
 
 def frames(drawn, steps):
@@ -220,15 +232,15 @@ def frames(drawn, steps):
              xticks=[], yticks=[])
     bars.set_xlabel("what the agent observes: the state through a random projection"
                     if drawn["family"] not in ("none", "identity") else "what the agent observes", fontsize=8)
-    heights = bars.bar(range(observed.shape[1]), observed[0], color="#0072b2")
+    heights = bars.bar(range(observed.shape[1]), observed[0], color=BAR)
     bars.axhline(0, color="#aab4bf", lw=0.8)
     for t in steps:
         world.clear()
         draw_world(world, drawn, side, t)
         for bar, value in zip(heights, observed[t]):
             bar.set_height(value)
-        title.set_text(f"{drawn['task']}  {t * drawn['seconds']:5.2f} s  reward {side['reward'][t]:4.2f}  "
-                       f"return {total[t]:5.1f}")
+        reward = side["reward"][t] / drawn["action_repeat"]
+        title.set_text(f"{drawn['task']}  {t * drawn['seconds']:5.2f} s  reward {reward:4.2f}  return {total[t]:5.1f}")
         canvas.draw()
         yield Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
 

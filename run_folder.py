@@ -17,6 +17,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -54,6 +55,8 @@ class Options:
             if type(value) not in ((int, float) if kind is float else (kind,)):
                 raise ValueError(f"{field.name} must be of type {kind.__name__}, got {value!r}")
             check_finite(field.name, value)
+            if isinstance(value, str) and value and not value.strip():
+                raise ValueError(f"{field.name} must not be blank")
             if kind in (int, float) and value < 0:
                 raise ValueError(f"{field.name} must not be negative, got {value}")
         check_texts("sweep", self.sweep)
@@ -90,8 +93,8 @@ def settings_of(config: Any, options: Options) -> list[dict[str, float]]:
         for value in axes[name]:
             check_finite(name, value)
             dataclasses.replace(config, **{name: value})  # validates the value
-        if len(set(map(np.float32, axes[name]))) < len(axes[name]):
-            raise ValueError(f"--sweep {text!r}: a value is given twice")
+        if len({f"{value:g}" for value in axes[name]}) < len(axes[name]):
+            raise ValueError(f"--sweep {text!r}: a value is given twice; six digits of each count")
     return [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
 
 
@@ -124,7 +127,7 @@ def open_folder(config: Any, options: Options) -> Path:
     """Returns the run folder, a new one with config.json unless this is a resumed run."""
     if options.resume:
         return Path(options.resume)
-    task = config.env[0].replace(":", "-") if len(config.env) == 1 else f"{len(config.env)}tasks"
+    task = re.sub(r"[:/\\]", "-", config.env[0]) if len(config.env) == 1 else f"{len(config.env)}tasks"
     trainer = trainer_of(type(config)).removeprefix("train_")
     folder = Path(options.out.strip() or f"runs/{trainer}-{task}-{time.strftime('%Y%m%d-%H%M%S')}")
     try:
@@ -215,7 +218,7 @@ def read_run(folder: Path | str, config_class: type | None = None) -> tuple[Any,
         fields = ({**values["config"]}, {**values["options"]})
     except OSError:
         raise ValueError(f"{folder} is not a run folder: no config.json can be read") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{path} was not written by this version of a trainer") from None
     kinds = (config_class or import_trainer(trainer).Config, Options)
     own = trainer_of(kinds[0])
@@ -292,7 +295,7 @@ def save(this: Run, update: int, runner: Any) -> None:
     write_whole(this.folder / "agent.msgpack", flax.serialization.msgpack_serialize(agent))
     sizes = [(this.folder / name).stat().st_size for name in LOGS]  # to drop later rows on resume
     data = io.BytesIO()
-    np.savez(data, *jax.tree.leaves(runner), logs=sizes)
+    np.savez(data, *jax.tree.leaves(runner), logs=sizes, settings=json.dumps(lasting(this)))
     (this.folder / "checkpoints").mkdir(exist_ok=True)
     write_whole(this.folder / "checkpoints" / f"{update}.npz", data.getvalue())
     older = [path for path in saved(this.folder) if int(path.stem) <= update]
@@ -300,25 +303,38 @@ def save(this: Run, update: int, runner: Any) -> None:
         path.unlink()
 
 
-def restore(folder: Path, shapes: Any) -> tuple[int, Any]:
+def lasting(this: Run) -> dict[str, Any]:
+    """Returns the settings that a run keeps from its start to its end."""
+    options = {name: getattr(this.options, name) for name in ("seed", "num_seeds", "sweep")}
+    found = dataclasses.asdict(this.config) | options
+    return json.loads(json.dumps({name: x for name, x in found.items() if name != "total_timesteps"}))
+
+
+def restore(this: Run, shapes: Any) -> tuple[int, Any]:
     """Returns (updates done, runner) of the newest whole checkpoint; drops later rows of the logs.
 
-    shapes: of the runner, jax.ShapeDtypeStruct with shardings. ValueError if no checkpoint fits.
+    shapes: of the runner, jax.ShapeDtypeStruct with shardings. ValueError if no checkpoint fits, or if
+    config.json has been edited since.
     """
     likes, tree = jax.tree.flatten(shapes)
-    problems = []
+    folder, now, problems = this.folder, lasting(this), []
     for path in saved(folder):
         try:
             with np.load(path) as file:
-                sizes = file["logs"]
-                leaves = [file[f"arr_{i}"] for i in range(len(likes))]
-            if [(x.shape, x.dtype) for x in leaves] != [(x.shape, x.dtype) for x in likes]:
-                raise ValueError("it has other shapes")
-            check_metrics(folder, sizes[0], rows=int(path.stem) * likes[0].shape[0])
+                sizes, before = file["logs"], json.loads(str(file["settings"]))
+                edited = [name for name in now if now[name] != before[name]]
+                leaves = [] if edited else [file[f"arr_{i}"] for i in range(len(likes))]
+            if not edited:
+                if [(x.shape, x.dtype) for x in leaves] != [(x.shape, x.dtype) for x in likes]:
+                    raise ValueError("it has other shapes")
+                check_metrics(folder, sizes[0], rows=int(path.stem) * likes[0].shape[0])
         except Exception as error:  # of many kinds; an older checkpoint may be whole
             problems.append(f"{path.name}: {error}")
             print(f"{path} cannot be read, trying the one before ({error})", file=sys.stderr)
             continue
+        if edited:
+            raise ValueError(f"{folder}/config.json was edited since {path.name} was written: "
+                             f"{', '.join(f'{name} was {before[name]}' for name in edited)}")
         leaves = [jax.make_array_from_callback(x.shape, like.sharding, lambda index, x=x: x[index])
                   for x, like in zip(leaves, likes)]
         if devices.is_first():

@@ -135,11 +135,12 @@ class Config(MemoryConfig):
                 expected = f"one of {', '.join(get_args(field.type))}"
                 valid = value in get_args(field.type)
             elif kind in (int, float):
-                least = "at least" if field.name in may_be_zero else "above"
-                most = 2**40 if field.name == "total_timesteps" else 2**20
-                expected = f"{kind.__name__}, {least} 0 and below {most}"
+                least, zero = 1 if kind is int else 1e-30, field.name in may_be_zero
+                most = {"total_timesteps": 2**40, "layers": 1000, "update_epochs": 1000}
+                most = most.get(field.name, 2**20)
+                expected = f"{kind.__name__}, {'0 or ' * zero}at least {least} and below {most}"
                 valid = isinstance(value, (int, kind)) and not isinstance(value, bool)
-                valid = valid and (0 < value < most or value == 0 and field.name in may_be_zero)
+                valid = valid and (least <= value < most or zero and value == 0)
             else:
                 expected = kind.__name__
                 valid = isinstance(value, kind)

@@ -132,7 +132,6 @@ class VectorS5(nn.Module):
 
     def setup(self):
         K, J, V, Q, n = self.sizes
-        count = J * (Q * Q + Q + 2 * Q * J) + J * J + J  # of inner products
 
         def param(name, start, noise=0.0):
             random = nn.initializers.normal(noise, jnp.float32)
@@ -146,9 +145,10 @@ class VectorS5(nn.Module):
         self.B = param("B", np.tile(np.eye(self.scalars, self.actions), len(self.lags)))
         self.C = param("C", values)
         self.mix = param("mix", self._mix(), 0.02)
-        self.alone = param("alone", np.zeros((J * (Q * Q + Q), self.features)), count ** -0.5)
-        self.crossed = param("crossed", np.zeros((2 * J * Q * J, self.features)), count ** -0.5)
-        self.lengths = param("lengths", np.zeros((J * J + J, self.features)), count ** -0.5)
+        # y is 0 at first: many inner products would drown the other inputs before an agent can use them
+        self.alone = param("alone", np.zeros((J * (Q * Q + Q), self.features)))
+        self.crossed = param("crossed", np.zeros((2 * J * Q * J, self.features)))
+        self.lengths = param("lengths", np.zeros((J * J + J, self.features)))
         self.bias = param("bias", np.zeros(self.features))
 
     def _mix(self):

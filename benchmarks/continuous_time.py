@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common import RESULTS, Table, add_legend, mean_interval, plot_into, read_csv, seconds  # finds the project
+from common import RESULTS, Table, add_legend, mean_interval, plot_into, read_csv, run_main, seconds  # first
 
 import devices
 import envs
@@ -271,4 +271,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -27,7 +27,6 @@ from common import (  # first: it finds the project
 
 import envs
 
-
 MEMORIES = (  # log of a run, colour, line, label
     ("gpu/s5/metrics.csv", "tab:blue", "-", "S5, sysid, H200 (three seeds)"),
     ("gpu/none/metrics.csv", "tab:gray", "-", "no memory, sysid, H200 (three seeds)"),

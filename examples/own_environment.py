@@ -1,8 +1,8 @@
 """An environment of your own: name a cue that was observed once, some steps ago.
 
     python examples/own_environment.py        # discrete and continuous, half a minute each on one core
-    python train_s5.py --env examples.own_environment:CueRecall --env-kwargs delay=20 --lr 4e-3 \
-        --num-envs 32 --total-timesteps 300000
+    python train_s5.py --env examples.own_environment:CueRecall --width 32 --layers 1 --num-envs 32 \
+        --num-steps 44 --lr 4e-3 --total-timesteps 75000
 
 An environment is any object with the interface of gymnax 1.x. The trainers use six of its members:
 

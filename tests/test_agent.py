@@ -253,6 +253,12 @@ def test_setting_and_seed_choose_the_agent(tmp_path, capsys):
             agent_file.load(folder, **wrong)
 
 
+def test_settings_that_are_close_are_told_apart(tmp_path):
+    folder = make_run(tmp_path / "sweep", settings=({"gamma": 0.99999}, {"gamma": 0.999999}), seeds=(4,))
+    for gamma in (0.99999, 0.999999):
+        assert agent_file.load(folder, setting={"gamma": gamma}).settings == [{"gamma": gamma}]
+
+
 @pytest.mark.parametrize("environment", ["dm_control", "dmc"])
 def test_the_example_plays_cartpole_through_a_projection(environment, tmp_path):
     folder = make_run(tmp_path / "run", env_kwargs=())

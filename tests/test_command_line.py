@@ -66,7 +66,7 @@ def test_the_command_line_trains_and_evaluates(tmp_path, monkeypatch, capsys, no
     (["--seed", str(2**32)], "below 2**32"), (["--checkpoint-minutes", "nan"], "must be finite"),
     (["--seed", str(2**32 - 1), "--num-seeds", "2"], "below 2**32"),
     (["--checkpoint-minutes", "inf"], "must be finite"),
-    (["--evaluate", "3"], "3")])
+    (["--evaluate", "3"], "3"), (["--out", "  "], "out must not be blank")])
 def test_invalid_flags_are_explained_by_tyro(flags, message, tmp_path, monkeypatch, capsys):
     """Its message and exit status 2."""
     monkeypatch.chdir(tmp_path)
@@ -83,6 +83,7 @@ def test_invalid_flags_are_explained_by_tyro(flags, message, tmp_path, monkeypat
     (["--out", "old"], "old exists already: choose another --out, or --resume old"),
     (["--lr", "inf"], "lr must be finite, got inf"), (["--decay", "nan"], "decay must be finite"),
     (["--env", "walk", "walk"], "given twice"),
+    (["--resume", " "], "--resume needs a run folder"), (["--resume="], "--resume needs a run folder"),
     (["--resume", "nowhere"], "nowhere is not a run folder"), (["--devices", "99"], "devices=99"),
     (["--resume", "old", "--lr", "1"], "not written by this version")])
 def test_what_cannot_be_run_is_one_sentence_and_exit_status_2(
@@ -96,6 +97,23 @@ def test_what_cannot_be_run_is_one_sentence_and_exit_status_2(
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line
     assert [path.name for path in tmp_path.rglob("config.json")] == ["config.json"]
+
+
+def test_a_mistake_in_other_code_is_said_with_its_place(monkeypatch, capsys, tmp_path):
+    def run(*_):
+        a, b = 1, 2, 3
+
+    monkeypatch.setattr(experiment, "run", run)
+    line = refusal(monkeypatch, capsys, "--out", str(tmp_path / "run"))
+    place = f"({__file__}, line {run.__code__.co_firstlineno + 1})"
+    assert line == f"error: too many values to unpack (expected 2) {place}"
+
+
+def test_help_lists_the_environments(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    command(monkeypatch, "--env", "help")
+    assert {"finger-spin", "CartPole-v1"} <= set(capsys.readouterr().out.split())
+    assert not list(tmp_path.iterdir())
 
 
 def test_there_are_at_most_forty_flags(capsys):
@@ -126,8 +144,8 @@ def test_the_largest_seed_is_its_own(tmp_path, no_figures):
 
 @pytest.mark.parametrize("flags,differ", [
     (["--lr", "0.2"], "--lr 0.1"), (["--num-seeds", "1"], "--num-seeds 2"),
-    (["--env", "walk"], "--env ('walk', 'toy:run')"), (["--sweep", "lr=1,2"], "--sweep ()"),
-    (["--out", "other", "--decay", "0.5"], "--decay 0.9, --out "), (["--evaluate"], "--evaluate")])
+    (["--env", "walk"], "with --env walk toy:run;"), (["--sweep", "lr=1,2"], "with no --sweep;"),
+    (["--out", "other", "--decay", "0.5"], "--decay 0.9, --out "), (["--evaluate"], "with --no-evaluate;")])
 def test_flags_beside_resume_that_differ_are_refused(flags, differ, whole, monkeypatch, capsys):
     """Also those that are equal to the defaults: the folder has --no-evaluate and two seeds."""
     line = refusal(monkeypatch, capsys, "--resume", str(whole), *flags)

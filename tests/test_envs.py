@@ -72,6 +72,11 @@ def test_arguments_have_the_type_of_their_default(name, text, value):
     ("CartPole-v1", "max_steps_in_episode=none", "must be of type int, got None"),
     ("CartPole-v1", "gravity=true", "gravity must be of type float, got True"),
     ("CartPole-v1", "gravity=nan", "gravity must be of type float, got 'nan'"),
+    ("CartPole-v1", "gravity=1e999", "gravity must be of type float, got inf"),
+    ("CartPole-v1", f"gravity={5000 * '-'}1", "gravity must be of type float, got '-"),
+    ("UmbrellaChain-bsuite", "chain_length=101", "chain_length must be in 1 ... 100, got 101: no reward"),
+    ("DeepSea-bsuite", "max_steps_in_episode=7", "size must be in 1 ... 7, got 8"),
+    ("gymnax:Catch-bsuite", "max_steps_in_episode=5", "rows must be in 1 ... 5, got 10"),
     ("finger-spin", "backend=3", "backend must be of type str, got 3"),
     ("test_envs:Clock", "poison=3", "no argument poison; known: poison_at, max_steps_in_episode")])
 def test_arguments_that_make_no_sense_are_refused_in_one_sentence(name, text, message):
@@ -95,6 +100,11 @@ class Needy(Clock):
         super().__init__()
 
 
+class Leaver:
+    def __init__(self):
+        sys.exit("a script without a main guard")
+
+
 class Spaceless:
     default_params = reset_env = step_env = None
 
@@ -107,6 +117,7 @@ class Spaceless:
     ("RepeatPreviousHard", "popgym:RepeatPreviousHard"),
     ("json:dumps", "needs the argument obj"), ("test_envs:Needy", "needs the argument size"),
     ("test_envs:Spaceless", "no observation_space, action_space"),
+    ("sys:exit", "ends the program"), ("test_envs:Leaver", "ends the program"),
     ("test_envs:KEY", "not a gymnax-style"), ("test_envs:Path", "not a gymnax-style")])
 def test_an_unknown_name_is_answered_with_the_nearest(wrong, nearest):
     with pytest.raises(ValueError, match=nearest):
@@ -352,6 +363,7 @@ class Unsized(Clock):
     (dict(tasks=["CartPole-v1", "Acrobot-v1"]), "kind"),
     (dict(tasks=["reacher-esy"]), "reacher-easy"),
     (dict(tasks=["reacher-easy", "dmc:reacher-easy"]), "listed twice"), (dict(obs_size=0), "obs_size"),
+    (dict(tasks=["CartPole-v1", "gymnax:CartPole-v1"]), "listed twice"),
     (dict(tasks=["CartPole-v1"], action_repeat=501), "longer than an episode, which has 500 steps"),
     (dict(tasks=["CartPole-v1"], episodes_per_trial=10**9), "fewer than 2..31 steps"),
     (dict(episodes_per_trial=2**22), "fewer than 2..31 steps"),

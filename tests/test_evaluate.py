@@ -1,6 +1,7 @@
 """evaluate.py: rollouts against hand-rolled loops, choices, files, refusals."""
 
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -243,6 +244,10 @@ def test_with_out_nothing_is_written_into_the_run_folder(gym_run, tmp_path, caps
     for name in ("gym/report.md", "gym (2)/trials.csv", "comparison.md"):
         assert (tmp_path / "out" / name).is_file()
     assert sorted(path.name for path in gym_run.iterdir()) == before
+    copies = [shutil.copytree(gym_run, tmp_path / name, ignore=shutil.ignore_patterns("eval"))
+              for name in ("a/gym (2)", "b/gym", "c/gym")]
+    names = [result.agent.name for result in evaluate.evaluate(tuple(copies), trials=1)]
+    assert names == ["gym (2)", "gym", "gym (3)"]
 
 
 def test_refusals(run, gym_run, tmp_path, monkeypatch, capsys):

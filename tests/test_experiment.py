@@ -7,8 +7,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import flax.serialization
 import jax
@@ -17,6 +19,7 @@ import pytest
 import toy
 from toy_runs import resume, rows, train
 
+import devices
 import experiment
 import logs
 import train_lstm
@@ -281,6 +284,19 @@ def test_a_second_signal_and_a_second_process(tmp_path):
     last = started("tests/toy.py", "--resume", str(folder), "--no-evaluate")
     assert last.communicate(timeout=100) and last.returncode == 0
     assert len(rows(folder)) == 10 and not (folder / "lock").exists()
+
+
+def test_everything_is_compiled_outside_the_main_thread(whole, monkeypatch):
+    """For it handles signals."""
+    found = []
+
+    def here(*_):
+        found.append(threading.current_thread())
+
+    monkeypatch.setattr(devices, "make_program", lambda *_: SimpleNamespace(compile=here))
+    monkeypatch.setattr(experiment, "first_runner", lambda *_: (0, here()))
+    experiment.prepare(None, experiment.Run(toy.Config(), experiment.Options(), whole), None)
+    assert len(found) == 2 and threading.main_thread() not in found
 
 
 def test_a_signal_ends_compilation_at_once(tmp_path):

@@ -171,6 +171,61 @@ def test_a_space_without_usable_bounds_is_refused(low, high, projection):
         envs.Trials([Bounded(low, high)], 2, projection=projection, **PLAIN)
 
 
+@pytest.mark.parametrize("shape", [(1,), (3,), (2, 2)])
+def test_a_binary_space_is_that_many_choices_of_two(shape):
+    """As gymnasium's MultiBinary, whose n is its size or its shape: both the observation and the action."""
+    class Switches(Clock):
+        def action_space(self, params):
+            return SimpleNamespace(n=shape[0] if len(shape) == 1 else shape, shape=shape)
+
+        observation_space = action_space
+
+        def reset_env(self, key, params):
+            return jnp.ones(shape, jnp.int8), ClockState(jnp.zeros(shape, jnp.int32), jnp.int32(0))
+
+        def step_env(self, key, state, action, params):
+            return action.astype(jnp.int8), ClockState(action, state.time + 1), 0.0, False, {}
+
+    trials = envs.Trials([Switches()], 2, projection="none", **PLAIN)
+    size = int(np.prod(shape))
+    assert (trials.action_dims, trials.num_bins, trials.obs_size) == (size, 2, size)
+    state, observation = jax.jit(trials.reset, static_argnums=1)(KEY, False)
+    action = jnp.arange(2 * size).reshape(2, size) % 2
+    state, observation, _ = jax.jit(trials.step)(state, action)
+    np.testing.assert_array_equal(state.env[0].start, action.reshape(2, *shape))
+    np.testing.assert_allclose(observation.projected, action * np.log(2), rtol=1e-6)
+
+
+@pytest.mark.parametrize("function, count", [("reset_env", 1), ("reset_env", 3), ("step_env", 3), ("step_env", 6)])
+def test_a_function_that_returns_too_little_or_too_much_is_named(function, count):
+    """Six are the values of gymnasium and more."""
+    class Odd(Clock):
+        pass
+
+    def odd(self, *args):
+        values = getattr(super(Odd, self), function)(*args)
+        return (*values, *values)[:count]
+
+    setattr(Odd, function, odd)
+    trials = envs.Trials([Odd()], 2, projection="none", **PLAIN)
+    with pytest.raises(ValueError, match=f"{function} must return observation, state"):
+        trials.reset(KEY)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_an_observation_that_is_not_as_its_space_says_is_refused(size):
+    class Liar(Clock):
+        def observation_space(self, params):
+            return SimpleNamespace(shape=(3,))
+
+        def reset_env(self, key, params):
+            return jnp.zeros(size), super().reset_env(key, params)[1]
+
+    trials = envs.Trials([Liar()], 2, projection="none", **PLAIN)
+    with pytest.raises(ValueError, match=f"gives observations of {size} numbers, its space says 3"):
+        trials.reset(KEY)
+
+
 def test_discrete_spaces_may_start_anywhere():
     """As gymnasium's Discrete(3, start=-1): both the observation and the action."""
     class Shifted(Clock):

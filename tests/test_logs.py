@@ -42,7 +42,7 @@ def test_a_sweep_ranks_settings_that_train_as_if_alone(tmp_path, capsys):
     ("width=8,16", "'width'.*it changes the program.*Sweepable: lr, decay"), ("lr", "NAME=V1,V2"),
     ("speed=1", "cannot sweep 'speed' in one compiled function. Sweepable"),
     ("lr=0.1,0.2,1e-1", "a value is given twice"), ("lr=1,inf", "lr must be finite, got inf"),
-    ("lr=nan", "lr must be finite"), ("lr=0.1,0.1000000001", "a value is given twice"),
+    ("lr=nan", "lr must be finite"), ("lr=0.1,0.1000001", "twice; six digits of each"),
     ("lr=low", "expected NAME=V1,V2,... with numbers"), ("lr=0.1,-1", "lr must be positive")])
 def test_sweeps_that_cannot_be(sweep, message, tmp_path):
     with pytest.raises(ValueError, match=message):
@@ -71,6 +71,7 @@ def test_a_setting_that_fails_is_marked_and_the_others_finish(tmp_path, capsys):
     scores = experiment.final_scores(*experiment.read_run(folder, toy.Config), folder)
     assert np.isnan(scores[:2]).all() and np.isfinite(scores[2:]).all()
     ranking = captured.out[captured.out.index("settings, best first"):]
+    assert "no interval over them covers that" in ranking
     assert "[nan" not in ranking and "best of 2 settings, chosen on the same returns" in ranking
 
 
@@ -89,6 +90,7 @@ def test_one_seed_of_a_setting_that_fails_puts_it_last(whole):
     first, second = rows(folder, "sweep")
     assert (first["lr"], first["return"], second["return"]) == ("0.2", "2", "")
     assert [second[f"seed {i}"] for i in range(3)] == ["100", "", "100"]
+    assert (first["seeds"], second["seeds"]) == ("3", "2")
     assert float(first["low"]) == 0.0  # the t interval begins at -0.48: no run has returned that
     assert float(first["high"]) == pytest.approx(2 + 2.484, abs=1e-3)
 

@@ -116,12 +116,13 @@ class TrainedCopy:
 
 # ---- Configuration -------------------------------------------------------------------------------
 @pytest.mark.parametrize("changes,message", [
-    (dict(lr=-1.0), "lr must be float, above 0 and below 1048576"), (dict(lr=0.0), "lr must be float, above 0"),
-    (dict(lr=float("nan")), "lr must be float, above 0"), (dict(lr=float("inf")), "lr must be float, above 0"),
-    (dict(lr="high"), "lr must be float"), (dict(ent_coef=-1), "ent_coef must be float, at least 0 and below"),
-    (dict(num_steps=0), "num_steps must be int, above 0"), (dict(layers=2**20), "layers must be int"),
+    (dict(lr=-1.0), "lr must be float, at least 1e-30 and below 1048576"), (dict(lr=0.0), "lr must be float, at least"),
+    (dict(lr=float("nan")), "lr must be float, at least"), (dict(lr=float("inf")), "lr must be float, at least"),
+    (dict(lr="high"), "lr must be float"), (dict(ent_coef=-1), "ent_coef must be float, 0 or at least 1e-30 and below"),
+    (dict(num_steps=0), "num_steps must be int, at least 1 and below"), (dict(layers=1000), "layers must be int"),
+    (dict(lr=1e-50), "lr must be float, at least 1e-30"), (dict(update_epochs=1000), "update_epochs must be int"),
     (dict(num_steps=True), "num_steps must be int"),
-    (dict(num_steps=1.5), "num_steps must be int"), (dict(num_envs=2**50), "num_envs must be int, above 0"),
+    (dict(num_steps=1.5), "num_steps must be int"), (dict(num_envs=2**50), "num_envs must be int, at least 1"),
     (dict(gamma=1.5), "gamma and gae_lambda must be at most 1"),
     (dict(action_repeat=2), "action_repeat must be tuple, got 2"),
     (dict(action_repeat=(-1,)), "action_repeat must be positive integers"),

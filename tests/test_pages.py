@@ -195,11 +195,11 @@ def reproduced(name: str, digits: int, **wanted: str) -> dict[str, str]:
 def test_every_number_of_the_results_table_is_in_its_csv_file():
     expected = {  # (task, agent) in the README: the row of a CSV file
         ("six projected", "default"): trained("default 20 million"),
-        ("six projected", "default, S5 reset"): trained("sysid without memory 20 million"),
         ("six projected", "vectors, no sysid"): trained("vector memory without sysid 20 million"),
+        ("six projected", "S5, sysid, H200"): trained("S5 100 million GPU"),
+        ("six projected", "vectors, no sysid, H200"): trained("vector memory without sysid 100 million GPU"),
         ("six projected", "default, H200"): reproduced(
             "dmcontrol", 0, memory="S5", at="mean of the six, 500 of 500 million"),
-        ("six projected", "no additions, H200"): trained("paper's agent 300 million GPU"),
         ("MemoryChain (bsuite), 1024", "S5"): reproduced("memory", 2, memory="S5", at="1024"),
         ("RepeatPreviousHard (POPGym)", "S5"): reproduced("popgym", 2, memory="S5", at="RepeatPreviousHard"),
         ("projected CartPole", "S5 with sysid"): reproduced(
@@ -217,6 +217,9 @@ def test_every_number_of_the_results_table_is_in_its_csv_file():
     ("default 20 million", "default/metrics.csv"),
     ("vector memory without sysid 20 million", "vector/metrics.csv"),
     ("LSTM without sysid 20 million", "vector/lstm_no_sysid.csv"),
+    ("S5 100 million GPU", "gpu/s5/metrics.csv"),
+    ("sysid without memory 100 million GPU", "gpu/none/metrics.csv"),
+    ("vector memory without sysid 100 million GPU", "gpu/vectors/metrics.csv"),
     ("default 300 million GPU", "gpu/default64/metrics.csv"),
     ("paper's agent 300 million GPU", "gpu/plain64/metrics.csv")])
 def test_the_return_of_a_run_is_the_mean_over_the_last_tenth_of_its_log(run, log):

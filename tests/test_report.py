@@ -158,6 +158,7 @@ def test_two_calls_print_and_write_the_same(run, result):
         each = ", ".join(map(report.number, x.mean((0, 2))))
         assert cells == ["1", report.number(x.mean()), " to ".join(map(report.number, interval)), each]
     assert "95 % over 2 seeds" in printed and report.INTERVALS in printed
+    assert "No interval covers runs that\ncollapse: few seeds rarely hold one." in printed
     text = (run / "first" / "report.md").read_text()
     assert all((run / "first" / name).stat().st_size > 1000 for name in re.findall(r"!\[\w+\]\((.+?)\)", text))
     assert all(line.count("|") <= 7 for line in text.splitlines())  # six columns

@@ -19,7 +19,10 @@ def case():
     s, v = jax.random.normal(keys[0], (T, N, S)), 10 * jax.random.normal(keys[1], (T, N, V, n))
     reset = (jax.random.uniform(keys[2], (T, N)) < 0.08).at[0].set(True)
     state = net.zero_state((N,))
-    return net, jax.jit(net.init)(keys[3], state, s, v, reset), state, s, v, reset
+    params = jax.jit(net.init)(keys[3], state, s, v, reset)
+    # at first the layer is silent
+    params = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(keys[3], x.shape), params)
+    return net, params, state, s, v, reset
 
 
 def close(a, b, tol=2e-4):
