@@ -24,7 +24,8 @@ W = (sum z z^T + ridge)^-1 sum z x^T. Without the inverse this is linear attenti
 of von Oswald et al. (arXiv 2309.05858). A learned matrix mixes the K J vectors of W into Q vectors u_q.
 A dense layer maps inner products to y: of the u_q with each other, with x_t and with the error
 x_t - W^T z_t. They are taken in J metrics, the plain one and the inverse second moment of each of v, which
-every invertible projection preserves; u_q has length 1 in each.
+every invertible projection preserves; u_q has length 1 in each, and x_t is in units of its root mean square.
+The logarithms of these units, which tell tasks apart, and of the number of steps are mapped as well.
 
 W and the metrics are computed in every `stride`-th step, counted from `zero_state`, and held in between.
 A sequence must begin at such a step. A reset clears them too; y is 0 until the next such step.
@@ -146,7 +147,7 @@ class VectorS5(nn.Module):
         self.C = param("C", values)
         self.mix = param("mix", self._mix(), 0.02)
         # y is 0 at first: many inner products would drown the other inputs before an agent can use them
-        self.alone = param("alone", np.zeros((J * (Q * Q + Q), self.features)))
+        self.alone = param("alone", np.zeros((J * (Q * Q + Q) + J + 1, self.features)))
         self.crossed = param("crossed", np.zeros((2 * J * Q * J, self.features)))
         self.lengths = param("lengths", np.zeros((J * J + J, self.features)))
         self.bias = param("bias", np.zeros(self.features))
@@ -207,7 +208,7 @@ class VectorS5(nn.Module):
         scale = lax.rsqrt(square)
         cosine = matmul(dual, u.mT).reshape(*lead, Q, J, Q)
         cosine = cosine * scale[..., None] * scale.mT[..., None, :, :]
-        found = [squash(2 * cosine), 1 + 0.3 * jnp.log(square)]
+        found = [squash(2 * cosine), 1 + 0.3 * jnp.log(square), 0.3 * jnp.log(unit), 0.3 * jnp.log(count)]
         found = jnp.concatenate([y.reshape(*lead, -1) for y in found], -1) @ self.alone + self.bias
         return Held(unit, weights, dual * (scale.reshape(*lead, Q * J, 1) * n ** -0.5), found)
 
