@@ -101,7 +101,7 @@ def test_what_cannot_be_run_is_one_sentence_and_exit_status_2(
 
 def test_a_mistake_in_other_code_is_said_with_its_place(monkeypatch, capsys, tmp_path):
     def run(*_):
-        a, b = 1, 2, 3
+        _, _ = 1, 2, 3
 
     monkeypatch.setattr(experiment, "run", run)
     line = refusal(monkeypatch, capsys, "--out", str(tmp_path / "run"))
