@@ -1,10 +1,10 @@
-"""Two figures over the paper's curves, drawn from the CSV files in results/.
+"""Three figures, drawn from the CSV files in results/.
 
-    python benchmarks/summary.py    # writes results/summary.png and results/memories.png
+    python benchmarks/summary.py    # writes results/summary.png, memories.png and parts.png
 
 summary.png, of the README: mean return of the six projected tasks during training; return of agents on
 MemoryChain by episode length. memories.png: memories with and without sysid during training; reward within
-a trial of the agent with the vector memory. The paper's values were read off its plots.
+a trial of the agent with the vector memory. parts.png: what each part is worth. The paper's values were read off its plots.
 """
 
 import numpy as np
@@ -34,6 +34,10 @@ MEMORIES = (  # log of a run, colour, line, label
     ("vector/c4b243f/metrics.csv", "magenta", ":", "vectors, no sysid, CPU (three seeds)"),
     ("vector/lstm_no_sysid.csv", "tab:orange", ":", "LSTM, no sysid, CPU (three seeds)"),
     ("gpu/plain64/metrics.csv", "navy", ":", "S5, no sysid, raw state hidden, H200 (one)"))
+
+PARTS = {  # row of training.csv, words
+    "default": "default", "vectors no sysid": "vectors, no sysid", "LSTM": "LSTM instead of S5",
+    "no privileged critic": "no privileged critic", "no sysid": "no sysid", "blind": "no observations"}
 
 
 def run(schedule: int) -> list[np.ndarray]:
@@ -117,9 +121,22 @@ def plot_memory(axis) -> None:
     add_legend(axis)
 
 
+def plot_parts(axis) -> None:
+    """Mean return of the six tasks after 5 million steps, with the intervals over seeds in training.csv."""
+    table = {row["run"]: row for row in read_csv(RESULTS / "training.csv")}
+    rows = [table[f"{name} 5 million"] for name in PARTS]
+    mean, low, high = numbers(rows, "return", "low", "high")
+    axis.errorbar(mean, range(len(rows)), xerr=[mean - low, high - mean], fmt="o", color=COLOURS["S5"], capsize=3)
+    axis.set_yticks(range(len(rows)), PARTS.values())
+    axis.invert_yaxis()
+    axis.set(xlim=(0, 400), xlabel="mean return of six tasks, 95 % t interval over seeds",
+             title="Six projected tasks, 5 million steps")
+
+
 def main() -> None:
-    """Writes both figures."""
+    """Writes the figures."""
     make_parser(__doc__).parse_args()
+    plot_into(RESULTS / "parts.png", 1, 1, lambda axis, *_: plot_parts(axis), size=(6, 2.6))
     for name, *panels in ("summary", plot_training, plot_memory), ("memories", plot_memories, plot_trial):
         plot_into(RESULTS / f"{name}.png", 1, 2, lambda axis, _, i: panels[i](axis), size=(5, 3.9))
 
