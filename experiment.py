@@ -111,7 +111,7 @@ def place(error: Exception) -> str:
     libraries = ("site-packages", "dist-packages", os.path.dirname(os.__file__))
     frames = [frame for frame in traceback.extract_tb(error.__traceback__)
               if not any(part in frame.filename for part in libraries)]
-    if not isinstance(error, ValueError) or not frames or frames[-1].line.startswith("raise"):
+    if not isinstance(error, ValueError) or not frames or (frames[-1].line or "").startswith("raise"):
         return ""
     return f" ({frames[-1].filename}, line {frames[-1].lineno})"
 
