@@ -14,7 +14,8 @@ are of no use here:
     pip install --no-deps xminigrid && pip install chex rich imageio imageio-ffmpeg
     pip install --no-deps playground && pip install lxml ml-collections mediapy
 
-`Trials` begins the next episode itself, so an adapter takes the library's step without automatic reset.
+`Trials` begins the next episode itself, so an adapter takes the library's step without automatic reset, or, with navix,
+a step that resets only what is stepped again after its end.
 An end that is the task's own is termination. The time limit stands in `default_params`, so `Trials`
 truncates there and the value of the last observation counts. Dictionaries of observations, such as those
 of Playground's robots, are flattened whole, privileged parts included.
@@ -68,8 +69,7 @@ class Navix(Adapter):
     def __init__(self, task="Navix-DoorKey-8x8-v0"):
         import navix
 
-        first_person = navix.observations.symbolic_first_person
-        self.env = navix.make(task, observation_fn=first_person, disable_autoreset=True)
+        self.env = navix.make(task, observation_fn=navix.observations.symbolic_first_person)
         self.default_params = Params(self.env.max_steps)
 
     def action_space(self, params):

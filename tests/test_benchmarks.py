@@ -90,7 +90,7 @@ MISTAKES = (  # a command line, and part of the sentence that answers it
     ("train --trainers train_lstm --set state_size=8", "train_lstm has no whole-numbered setting 'state_size'"),
     ("gpu --minutes nan", "--minutes: must be a number above 0"),
     ("gpu --out {0}/file", "File exists"),
-    ("continuous_time --small --parts figure --out {0}/file", "Not a directory"),
+    ("continuous_time --small --parts irregular --out {0}/file", "cannot write"),
 )
 
 

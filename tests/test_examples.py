@@ -217,8 +217,8 @@ class Library:
         state = self.next(state, action)
         return state.obs, state, state.reward, (state.done > 0) | (state.time >= params.max_timesteps), {}
 
-    def navix(self, task, observation_fn, disable_autoreset):
-        assert disable_autoreset and observation_fn == "first person"
+    def navix(self, task, observation_fn):
+        assert observation_fn == "first person"
         return SimpleNamespace(max_steps=4, action_space=SimpleNamespace(n=jnp.int32(2)),
                                reset=lambda key: self.at(0, False), step=self.next)
 
