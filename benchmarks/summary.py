@@ -4,7 +4,8 @@
 
 summary.png, of the README: mean return of the six projected tasks during training; return of agents on
 MemoryChain by episode length. memories.png: memories with and without sysid during training; reward within
-a trial of the agent with the vector memory. parts.png: what each part is worth. The paper's values were read off its plots.
+a trial of the agent with the vector memory. parts.png: what each part is worth. The paper's values were read
+off its plots.
 """
 
 import numpy as np
