@@ -25,7 +25,7 @@ of von Oswald et al. (arXiv 2309.05858). A learned matrix mixes the K J vectors 
 A dense layer maps inner products to y: of the u_q with each other, with x_t and with the error
 x_t - W^T z_t. They are taken in J metrics, the plain one and the inverse second moment of each of v, which
 every invertible projection preserves; u_q has length 1 in each, and x_t is in units of its root mean square.
-The logarithms of these units, which tell tasks apart, and of the number of steps are mapped as well.
+The logarithms of these units and of the number of steps are mapped as well.
 
 W and the metrics are computed in every `stride`-th step, counted from `zero_state`, and held in between.
 A sequence must begin at such a step. A reset clears them too; y is 0 until the next such step.

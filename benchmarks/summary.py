@@ -32,7 +32,7 @@ MEMORIES = (  # log of a run, colour, line, label
     ("gpu/s5/metrics.csv", "tab:blue", "-", "S5, sysid, H200 (three seeds)"),
     ("gpu/none/metrics.csv", "tab:gray", "-", "no memory, sysid, H200 (three seeds)"),
     ("gpu/vectors/metrics.csv", "tab:purple", ":", "vectors, no sysid, H200 (three seeds)"),
-    ("vector/c4b243f/metrics.csv", "magenta", ":", "vectors, no sysid, CPU (three seeds)"),
+    ("vector/metrics.csv", "magenta", ":", "vectors, no sysid, CPU (three seeds)"),
     ("vector/lstm_no_sysid.csv", "tab:orange", ":", "LSTM, no sysid, CPU (three seeds)"),
     ("gpu/plain64/metrics.csv", "navy", ":", "S5, no sysid, raw state hidden, H200 (one)"))
 

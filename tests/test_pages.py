@@ -214,7 +214,7 @@ def test_every_number_of_the_results_table_is_in_its_csv_file():
 
 @pytest.mark.parametrize("run, log", [
     ("default 20 million", "default/metrics.csv"),
-    ("vector memory without sysid 20 million", "vector/c4b243f/metrics.csv"),
+    ("vector memory without sysid 20 million", "vector/metrics.csv"),
     ("LSTM without sysid 20 million", "vector/lstm_no_sysid.csv"),
     ("S5 100 million GPU", "gpu/s5/metrics.csv"),
     ("sysid without memory 100 million GPU", "gpu/none/metrics.csv"),
