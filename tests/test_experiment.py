@@ -286,6 +286,16 @@ def test_a_second_signal_and_a_second_process(tmp_path):
     assert len(rows(folder)) == 10 and not (folder / "lock").exists()
 
 
+def test_keys_may_be_of_another_kind(tmp_path, no_figures):
+    """JAX_DEFAULT_PRNG_IMPL=rbg: a key is four numbers instead of two."""
+    before = jax.config.jax_default_prng_impl
+    jax.config.update("jax_default_prng_impl", "rbg")  # in all threads
+    try:
+        assert len(rows(train(tmp_path / "run"))) == 20
+    finally:
+        jax.config.update("jax_default_prng_impl", before)
+
+
 def test_everything_is_compiled_outside_the_main_thread(whole, monkeypatch):
     """For it handles signals."""
     found = []
