@@ -163,7 +163,7 @@ def test_the_snippets_of_the_readme_run_as_they_stand():
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-# ---- The numbers of the README --------------------------------------------------------------------
+# ---- Numbers in the README ----------------------------------------------------------------------
 def rows_of(name: str) -> list[dict[str, str]]:
     with (ROOT / "results" / name).open(newline="") as file:
         return list(csv.DictReader(file))
