@@ -230,7 +230,7 @@ def make_program(make_train: Callable, config: Any, mesh: Mesh, num_agents: int)
     shards = mesh.shape["envs"]
     local = dataclasses.replace(config, num_envs=config.num_envs // shards)
     train = make_train(local, axis="envs" if shards > 1 else None)
-    key = jax.eval_shape(jax.random.PRNGKey, 0)
+    key = jax.eval_shape(lambda: jax.random.PRNGKey(0))
     keys = jax.ShapeDtypeStruct((num_agents, *key.shape), key.dtype)
     whole = jax.eval_shape(jax.vmap(make_train(config).init), keys)
     share = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), whole)

@@ -391,11 +391,11 @@ class Signals:
 
     def handle(self, number, _):
         first = self.can_wait and not self.received
+        self.received = int(number)  # before the text, during which the second signal may come
         text = ("a checkpoint follows; a second signal ends at once" if first else self.advice)
         os.write(2, f"\ninterrupted; {text}\n".encode())  # print may be busy
         if not first:
             os._exit(128 + number)
-        self.received = int(number)
 
     def end(self, number):
         """Ends the run because some process received this signal."""

@@ -33,17 +33,19 @@ def optimised():
 
 @pytest.fixture(scope="module")
 def compiled_once():
-    """Compiles once for equal trainer, configuration and devices."""
-    import devices  # after the settings above
+    """Compiles once for equal trainer, configuration, devices and kind of keys."""
+    import jax  # after the settings above
+
+    import devices
     make_program = devices.make_program
 
     @functools.cache
-    def shared(*args):
+    def shared(prng_impl, *args):
         program = make_program(*args)
         return program._replace(compile=functools.cache(program.compile))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(devices, "make_program", shared)
+        patch.setattr(devices, "make_program", lambda *args: shared(jax.config.jax_default_prng_impl, *args))
         yield
 
 
