@@ -348,12 +348,16 @@ def test_trains_and_stays_finite(trainer, changes):
 
 
 def test_learns_cartpole():
-    """A random policy balances for 22 steps. A task that needs memory: tests/test_benchmarks.py."""
+    """A random policy balances for 22 steps. JAX_DEBUG_NANS finds no NaN on the way.
+
+    A task that needs memory: tests/test_benchmarks.py.
+    """
     config = train_s5.Config(
         env=("CartPole-v1",), total_timesteps=120_000, width=32, state_size=32, layers=1, num_envs=32,
         num_steps=64, num_minibatches=2, lr=3e-3)
-    returns = jax.jit(train_s5.make_train(config))(jax.random.PRNGKey(0))["metrics"]["return"]
-    assert np.nanmean(returns[-5:]) > 150
+    with jax.debug_nans(True):
+        returns = jax.jit(train_s5.make_train(config))(jax.random.PRNGKey(0))["metrics"]["return"]
+    assert returns[-5:][np.isfinite(returns[-5:])].mean() > 150  # in some updates no episode ends
 
 
 # ---- Unusual numbers -----------------------------------------------------------------------------
