@@ -173,9 +173,6 @@ def parse_resumed(config_class: type, folder: str, description: str = "",
         flags = ", ".join(flag_of(name, before[name]) for name in differ)
         raise ValueError(f"{folder} was started with {flags}; beside --resume only "
                          "--total-timesteps can change: leave other flags out, or start a new run")
-    if given.total_timesteps != config.total_timesteps:
-        say(f"{folder} goes on to {given.total_timesteps:,} steps instead of "
-            f"{config.total_timesteps:,}; schedules such as that of lr now run to the new end")
     return dataclasses.replace(config, total_timesteps=given.total_timesteps), options
 
 

@@ -195,9 +195,12 @@ def settings_text(config: Any, options: Options) -> str:
 
 
 def update_config(this: Run) -> None:
-    """Writes config.json anew if a resumed run has got another total_timesteps."""
+    """Writes config.json anew if a resumed run has got another total_timesteps, and says so."""
     path, text = this.folder / "config.json", settings_text(this.config, this.options)
-    if path.read_text() != text:
+    before = json.loads(path.read_text())["config"]["total_timesteps"]
+    if this.config.total_timesteps != before:
+        print(f"{this.folder} goes on to {this.config.total_timesteps:,} steps instead of {before:,}; "
+              "schedules such as that of lr now run to the new end", flush=True)
         write_whole(path, text.encode())
 
 
