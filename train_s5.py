@@ -11,7 +11,7 @@ From Python, a whole run is one pure function:
     out = jax.jit(jax.vmap(train))(jax.vmap(jax.random.PRNGKey)(jnp.arange(4)))
 
 To copy: s5.py and envs.py suffice for gymnax environments and your own; dmc.py, physics.py, sysid.py
-add DMControl, vector_s5.py --vector-memory, experiment.py and its imports run folders.
+add DMControl, vector_s5.py --memory vector, experiment.py and its imports run folders.
 
 After Lu et al., "Structured State Space Models for In-Context Reinforcement Learning" (arXiv 2303.03982).
 """
@@ -43,6 +43,7 @@ def sized(cpu: Any, accelerator: Any) -> Any:
 # ---- Memory: the only section in which the trainers differ ---------------------------------------
 @dataclasses.dataclass(frozen=True)
 class MemoryConfig:
+    memory: Literal["s5", "vector"] = "s5"  # vector: its states are vectors of observation space (vector_s5.py)
     width: int = sized(cpu=64, accelerator=256)  # features of every layer of the network
     layers: int = sized(cpu=3, accelerator=4)  # S5 blocks
     state_size: int = sized(cpu=32, accelerator=256)  # P, states of each S5 block
@@ -52,17 +53,50 @@ class MemoryConfig:
 class Memory(S5):
     """Its interface: zero_state(batch_shape), __call__(hidden, x, reset) and step(hidden, x, reset).
 
-    Where durations vary and config.dt is "recurrence", they are a fourth argument, in the shape of reset.
+    The two may take fields of the Observation as further arguments, by their names: `context` (normalised),
+    `projected`, `change`, and `dt`, which is absent where all steps last equally or config.dt hides it.
     """
 
     def step(self, hidden, x, reset, dt=None):
         return super().step(self.discretise(), hidden, x, reset, dt)
 
 
-def make_memory(config: MemoryConfig) -> nn.Module:
+class VectorMemory(nn.Module):
+    """A layer that stores the observation and its change -> GELU -> dense -> GELU -> residual."""
+
+    layer: Any  # VectorS5
+    width: int
+
+    def setup(self):
+        self.dense = nn.Dense(self.width)
+
+    @nn.nowrap
+    def zero_state(self, batch_shape):
+        return self.layer.zero_state(batch_shape)
+
+    def __call__(self, hidden, x, reset, context, projected, change):
+        layer = self.layer if reset.ndim > 1 else self.layer.step
+        now, before = (jnp.sign(o) * jnp.expm1(jnp.abs(o)) for o in (projected, projected - change))
+        vectors = jnp.stack([now, now - before], -2)  # without symlog: linear in the state
+        hidden, y = layer(hidden, context[..., :-2], vectors, reset)  # context: last action and reward
+        return hidden, x + flat(lambda y: nn.gelu(self.dense(nn.gelu(y))), y)
+
+    def step(self, hidden, x, reset, context, projected, change):
+        return self(hidden, x, reset, context, projected, change)
+
+
+def make_memory(config: MemoryConfig, trials: envs.Trials | None = None) -> nn.Module:
     """The agent's memory. Any flax module with the three methods of `Memory` can take its place."""
-    return Memory(features=config.width, state_size=config.state_size, layers=config.layers,
-                  dtype=jnp.dtype(config.dtype))
+    if config.memory == "s5":
+        return Memory(features=config.width, state_size=config.state_size, layers=config.layers,
+                      dtype=jnp.dtype(config.dtype))
+    if not (config.observe_action and config.observe_change and config.num_steps % 4 == 0):
+        raise ValueError("--memory vector needs observe_action, observe_change and a num_steps that is a "
+                         f"multiple of 4, got {config.num_steps}")
+    from vector_s5 import VectorS5
+    layer = VectorS5(features=config.width, scalars=trials.action_width + 1, vectors=2,
+                     size=trials.obs_size, actions=trials.action_width)
+    return VectorMemory(layer, config.width)
 
 
 # ---- Configuration -------------------------------------------------------------------------------
@@ -82,7 +116,6 @@ class Config(MemoryConfig):
     observe_change: bool = True  # observe the change of the projected observation
     sysid: bool = True  # observe the features of in-context system identification (sysid.py)
     privileged_critic: bool = True  # in training the critic also observes the raw state
-    vector_memory: bool = False  # also remember vectors of observation space (vector_s5.py)
     blind: bool = False  # hide all observations but actions, rewards and episode starts
     reset: Literal["trial", "step", "never"] = "trial"  # when the hidden state is reset
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products
@@ -127,10 +160,6 @@ class Config(MemoryConfig):
             raise ValueError(f"action_repeat must be positive integers below 1000, got {self.action_repeat}")
         if max(self.gamma, self.gae_lambda) > 1:
             raise ValueError(f"gamma and gae_lambda must be at most 1, got {self.gamma}, {self.gae_lambda}")
-        if self.vector_memory and not (
-                self.observe_action and self.observe_change and self.num_steps % 4 == 0):
-            raise ValueError("vector_memory needs observe_action, observe_change and a num_steps that "
-                             f"is a multiple of 4, got {self.num_steps}")
         if not self.env or self.num_envs % (len(self.env) * self.num_minibatches):
             raise ValueError(f"num_envs={self.num_envs} must be divisible by tasks x minibatches = "
                              f"{len(self.env)} x {self.num_minibatches}")
@@ -192,13 +221,6 @@ def flat(layer: Callable, x: jax.Array) -> jax.Array:
     return layer(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
 
-def vectors_of(observation: envs.Observation) -> jax.Array:
-    """The projected observation and its change (..., 2, obs_size), without symlog: linear in the state."""
-    now, before = (jnp.sign(x) * jnp.expm1(jnp.abs(x)) for x in (
-        observation.projected, observation.projected - observation.change))
-    return jnp.stack([now, now - before], -2)
-
-
 class ActorCritic(nn.Module):
     """Encoders -> memory -> policy head and value head.
 
@@ -208,7 +230,6 @@ class ActorCritic(nn.Module):
 
     config: Config
     memory: nn.Module
-    vectors: nn.Module | None
     action_dims: int
     num_bins: int
 
@@ -227,7 +248,7 @@ class ActorCritic(nn.Module):
     @nn.nowrap
     def zero_state(self, batch_shape):
         """The hidden state of environments (*batch_shape) whose trials have not begun."""
-        return tuple(part.zero_state(batch_shape) for part in (self.memory, self.vectors) if part)
+        return self.memory.zero_state(batch_shape)
 
     def __call__(self, norm, hidden, observation, reset, critic=True):
         """The agent over sequences, or in one step.
@@ -265,28 +286,25 @@ class ActorCritic(nn.Module):
         Observation features bypass the memory. They also enter it, scaled by 0.1 under a projection,
         because they outnumber action and reward and would drown them early in training.
         """
-        memory, vectors = self.memory, self.vectors
-        if reset.ndim == 1:
-            memory, vectors = memory.step, vectors and vectors.step
         parts = [getattr(norm, name).normalise(getattr(observation, name))
                  for name in ("projected", "change", "sysid")]
         visible = 0.0 if self.config.blind else 1.0
         observed = flat(self.observation_encoder, visible * jnp.concatenate(parts, -1))
         context = norm.context.normalise(observation.context)
-        found, times = (), ()
-        if vectors:
-            *found, y = vectors(hidden[1], context[..., :-2], vectors_of(observation), reset)
-            observed = observed + visible * y
+        fields = {"context": context, "projected": visible * observation.projected,
+                  "change": visible * observation.change}
         if observation.dt is not None and self.config.dt == "recurrence":
-            times = (observation.dt,)
+            fields["dt"] = observation.dt
         elif observation.dt is not None and self.config.dt == "input":
             duration = norm.dt.normalise(observation.dt)
             context = jnp.concatenate([context, duration[..., None]], -1)
         scale = 1.0 if make_trial_kwargs(self.config)["projection"] in ("identity", "none") else 0.1
         x = nn.gelu(flat(self.context_encoder, context) + scale * observed)
-        state, x = memory(hidden[0], x, reset, *times)
+        memory = self.memory.step if reset.ndim == 1 else self.memory
+        taken = inspect.signature(self.memory.__call__).parameters
+        hidden, x = memory(hidden, x, reset, **{name: fields[name] for name in fields if name in taken})
         bypass = nn.gelu(flat(self.bypass, nn.gelu(observed)))
-        return (state, *found), jnp.concatenate([self.memory_norm(x), bypass], -1)
+        return hidden, jnp.concatenate([self.memory_norm(x), bypass], -1)
 
 
 # ---- PPO -----------------------------------------------------------------------------------------
@@ -405,7 +423,7 @@ def make_train(config: Config, make_memory: Callable = make_memory, axis: str | 
 
     Args:
       config: the configuration.
-      make_memory: config -> memory, see `Memory`.
+      make_memory: (config, envs.Trials) -> memory, see `Memory`.
       axis: name of a mapped axis whose devices share the environments of a seed. `config.num_envs` is
         then the number on each. What is learned differs from one device's by rounding only.
 
@@ -413,16 +431,11 @@ def make_train(config: Config, make_memory: Callable = make_memory, axis: str | 
       Train. The metrics of an update are scalars, (tasks,) or (tasks, bins).
     """
     trials = envs.Trials(config.env, config.num_envs, axis=axis, **make_trial_kwargs(config))
-    vectors = None
-    if config.vector_memory:
-        from vector_s5 import VectorS5
-        vectors = VectorS5(features=config.width, scalars=trials.action_width + 1, vectors=2,
-                           size=trials.obs_size, actions=trials.action_width)
-    memory = make_memory(config)
+    memory = make_memory(config, trials)
     takes_dt = "dt" in inspect.signature(memory.__call__).parameters
     if trials.irregular and config.dt == "recurrence" and not takes_dt:
         raise ValueError("this memory has no argument dt: choose dt='input' or 'none'")
-    network = ActorCritic(config, memory, vectors, trials.action_dims, trials.num_bins)
+    network = ActorCritic(config, memory, trials.action_dims, trials.num_bins)
     # Adam without its step size, which is traced for sweeps and multiplied where the step is taken
     optimiser = optax.chain(optax.clip_by_global_norm(config.MAX_GRAD_NORM), optax.scale_by_adam())
     tasks, N = len(config.env), config.num_envs

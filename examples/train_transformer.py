@@ -187,7 +187,7 @@ class Memory(nn.Module):
         return tuple(new), x
 
 
-def make_memory(config):
+def make_memory(config, trials=None):
     """The agent's memory."""
     return Memory(config)
 

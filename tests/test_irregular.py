@@ -164,7 +164,7 @@ def inputs():
 def network_of(trainer, dt):
     trials, observation, reset = inputs()
     config = trainer.Config(**SMALL | dict(action_repeat=(1, 4), dt=dt))
-    network = train_s5.ActorCritic(config, trainer.make_memory(config), None, 1, 2)
+    network = train_s5.ActorCritic(config, trainer.make_memory(config), 1, 2)
     norm = jax.tree.map(lambda x: train_s5.no_moments(x.shape[2:]), observation)
     hidden = network.zero_state((8,))
     params = network.init(KEY, norm, hidden, observation, reset)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -19,7 +20,6 @@ from small import TRAINERS, bitwise, close, small
 import envs
 import train_lstm
 import train_s5
-from vector_s5 import VectorS5
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -189,8 +189,8 @@ class Network(NamedTuple):
 def network_of(trainer=train_s5, sizes=(), shape=(T, B), **changes):
     """A network for random observations of these sizes, with what it is applied to."""
     config = small(trainer, **changes)
-    vectors = VectorS5(config.width, 3, 2, 4, actions=2) if config.vector_memory else None
-    module = trainer.ActorCritic(config, trainer.make_memory(config), vectors, 2, 9)
+    memory = trainer.make_memory(config, SimpleNamespace(obs_size=4, action_width=2))
+    module = trainer.ActorCritic(config, memory, 2, 9)
     observation = random_observation(shape=shape, **dict(sizes))
     norm = jax.tree.map(lambda x: trainer.no_moments(x.shape[2:]), observation)
     reset = jax.random.bernoulli(jax.random.PRNGKey(9), 0.3, shape)
@@ -207,7 +207,7 @@ def logits_of(policy):
 @pytest.mark.parametrize("name", [*TRAINERS, "vectors"])
 def test_steps_equal_a_sequence(name):
     """Acting step by step and replaying the sequence give the same policy and value, resets included."""
-    trainer, changes = TRAINERS.get(name, (train_s5, dict(vector_memory=True)))
+    trainer, changes = TRAINERS.get(name, (train_s5, dict(memory="vector")))
     network, apply, params, arguments = network_of(trainer, layers=2, **changes)
     norm, hidden, observation, reset = arguments
     last, pi, value = apply(params, *arguments)
@@ -230,15 +230,15 @@ def test_steps_equal_a_sequence(name):
 
 
 def test_a_blind_agent_with_vector_memory_is_blind():
-    _, apply, params, (norm, hidden, observation, reset) = network_of(vector_memory=True, blind=True)
+    _, apply, params, (norm, hidden, observation, reset) = network_of(memory="vector", blind=True)
     other = observation._replace(projected=observation.projected + 1.0, change=2.0 * observation.change)
     bitwise(*(logits_of(apply(params, norm, hidden, x, reset)[1]) for x in (observation, other)))
 
 
 def test_vector_memory_needs_what_it_stores():
     for changes in (dict(observe_action=False), dict(observe_change=False), dict(num_steps=6)):
-        with pytest.raises(ValueError, match="vector_memory needs"):
-            small(train_s5, vector_memory=True, **changes)
+        with pytest.raises(ValueError, match="--memory vector needs"):
+            train_s5.make_train(small(train_s5, memory="vector", **changes))
 
 
 @pytest.mark.parametrize("trainer", [train_s5, train_lstm])

@@ -386,7 +386,7 @@ def test_ordinary_rewards_are_only_scaled():
 
 @pytest.mark.parametrize("trainer,changes", [
     (train_s5, {}), (train_s5, dict(action_repeat=(1, 2))), (train_lstm, {}), (train_lstm, dict(cell="gru")),
-    (train_s5, dict(env=("pendulum-swingup",), vector_memory=True))])
+    (train_s5, dict(env=("pendulum-swingup",), memory="vector"))])
 def test_an_update_keeps_its_types_where_float64_is_enabled(trainer, changes):
     """Runners before and after an update have equal dtypes, as a scan over updates requires."""
     with jax.enable_x64(True):
