@@ -162,6 +162,9 @@ class Table:
     def add(self, **row: Any) -> None:
         row = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}
         if not self.rows:
+            if "worst" in row:
+                print("low to high: 95 % t interval over seeds. No interval covers runs that collapse, and few seeds\n"
+                      "rarely hold one: compare the worst")
             print(" ".join(f"{name:>17s}" for name in row))
         self.rows.append(row)
         print(" ".join(f"{value!s:>17s}" for value in row.values()), flush=True)

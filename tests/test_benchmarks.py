@@ -316,6 +316,7 @@ def test_parts_compares_every_variant_with_the_first(load, main, tmp_path, monke
         write_run(run.path, config_of(run)[0], [{"update": 1, "steps": 900, "seed": run.seed} | returns])
     rows, printed = main(module, "--steps", "900", "--jobs", "0", picture=False, code=0)
     assert [row["variant"] for row in rows] == list(worth) and "LSTM: not every seed has begun" in printed
+    assert printed.count("No interval covers runs that collapse") == 1
     first, none = ({k: float(v) for k, v in row.items() if k != "variant"} for row in rows)
     assert (first["mean"], first["worst"], none["lost"], none["reacher-easy"]) == (101, 100, 10, 91)
     half = 4.303 * 1 / np.sqrt(3)  # t of two degrees of freedom, deviation 1
