@@ -17,15 +17,17 @@ States. Each is the recurrence of S5, x_t = a x_{t-1} + b_t with a = exp(-dt), d
     p, w     traces of B s and of v          b = (1 - a) u, the zero-order hold of dx/dt = u - x
     z z^T    K x K                           keys z_t = [1, s_t, p_{t-1}]
     z x^T    K x J vectors                   values x_t = C [v_t, w_{t-1}], J = V + 1
+    g x, g   of the first value              g_t = exp(f . s_t), so that sum g x / sum g is attention
     v v^T    V matrices n x n                the second moments of the vectors
 
 Read-out. Ridge regression over the trial so far estimates how each key moves each value,
 W = (sum z z^T + ridge)^-1 sum z x^T. Without the inverse this is linear attention, with it the mesa layer
 of von Oswald et al. (arXiv 2309.05858). A learned matrix mixes the K J vectors of W into Q vectors u_q.
-A dense layer maps inner products to y: of the u_q with each other, with x_t and with the error
-x_t - W^T z_t. They are taken in J metrics, the plain one and the inverse second moment of each of v, which
-every invertible projection preserves; u_q has length 1 in each, and x_t is in units of its root mean square.
-The logarithms of these units and of the number of steps are mapped as well.
+A dense layer maps inner products to y: of the u_q with each other, with x_t, with the error x_t - W^T z_t
+and with the way from the goal. The goal is what f attends to: at first the observation, weighted by reward.
+They are taken in J metrics, the plain one and the inverse second moment of each of v, which every invertible
+projection preserves; u_q has length 1 in each, and x_t is in units of its root mean square. The logarithms of
+these units and of the number of steps are mapped as well.
 
 W and the metrics are computed in every `stride`-th step, counted from `zero_state`, and held in between.
 A sequence must begin at such a step. A reset clears them too; y is 0 until the next such step.
@@ -48,13 +50,14 @@ class Held(NamedTuple):
     weights: Any  # (..., K, J n) W, of values in these units
     dual: Any  # (..., Q J, n) u_q times each metric, scaled to length 1
     found: Any  # (..., H) the part of y that depends on the u_q alone
+    goal: Any  # (..., n) mean of the first value, weighted by g
 
 
 class State(NamedTuple):
     """The hidden state, float32, with the batch axes first."""
     traces: Any  # (..., P) p
     lagged: Any  # (..., V n) w
-    sums: Any  # (..., K K + K J n + J) of z z^T, z x^T and |x|^2
+    sums: Any  # (..., K K + K J n + J + n + 1) of z z^T, z x^T, |x|^2, g x and g
     moments: Any  # (..., V n n) sum of v v^T
     held: Held
     phase: Any  # (...,) int32, steps since W was computed
@@ -127,9 +130,10 @@ class VectorS5(nn.Module):
         def zeros(*shape):
             return jnp.zeros((*batch, *shape), jnp.float32)
 
-        held = Held(zeros(J), zeros(K, J * n), zeros(Q * J, n), zeros(self.features))
-        return State(zeros(K - 1 - self.scalars), zeros(V * n), zeros(K * K + K * J * n + J), zeros(V * n * n),
-                     held, jnp.zeros(batch, jnp.int32))
+        held = Held(zeros(J), zeros(K, J * n), zeros(Q * J, n), zeros(self.features), zeros(n))
+        sums = zeros(K * K + K * J * n + J + n + 1)
+        return State(zeros(K - 1 - self.scalars), zeros(V * n), sums, zeros(V * n * n), held,
+                     jnp.zeros(batch, jnp.int32))
 
     def setup(self):
         K, J, V, Q, n = self.sizes
@@ -145,11 +149,12 @@ class VectorS5(nn.Module):
         self.sums_dt = param("sums_dt", np.log([1 / self.horizon]))
         self.B = param("B", np.tile(np.eye(self.scalars, self.actions), len(self.lags)))
         self.C = param("C", values)
+        self.focus = param("focus", 1.5 * np.eye(self.scalars)[self.actions])  # f
         self.mix = param("mix", self._mix(), 0.02)
         # y is 0 at first: many inner products would drown the other inputs before an agent can use them
         self.alone = param("alone", np.zeros((J * (Q * Q + Q) + J + 1, self.features)))
-        self.crossed = param("crossed", np.zeros((2 * J * Q * J, self.features)))
-        self.lengths = param("lengths", np.zeros((J * J + J, self.features)))
+        self.crossed = param("crossed", np.zeros(((2 * J + 1) * Q * J, self.features)))
+        self.lengths = param("lengths", np.zeros((J * J + J + 1, self.features)))
         self.bias = param("bias", np.zeros(self.features))
 
     def _mix(self):
@@ -179,7 +184,8 @@ class VectorS5(nn.Module):
         z = jnp.concatenate([jnp.ones_like(s[..., :1]), s, p], -1)
         x = jnp.einsum("jv,...vn->...jn", self.C, jnp.concatenate([v, w.reshape(v.shape)], -2))
         products = [(z[..., :, None] * y[..., None, :]).reshape(*lead, -1) for y in (z, x.reshape(*lead, -1))]
-        sums = jnp.concatenate([*products, jnp.square(x).sum(-1)], -1)
+        g = jnp.exp(jnp.clip(s @ self.focus, -15, 15))[..., None]
+        sums = jnp.concatenate([*products, jnp.square(x).sum(-1), g * x[..., 0, :], g], -1)
         moments = (v[..., :, :, None] * v[..., :, None, :]).reshape(*lead, -1)
         a = jnp.exp(-jnp.exp(self.sums_dt))
         a_moments = lax.stop_gradient(jnp.broadcast_to(a, moments.shape[-1:]))
@@ -191,6 +197,7 @@ class VectorS5(nn.Module):
         lead = sums.shape[:-1]
         eye = np.eye(n, dtype=np.float32)
         zz = sums[..., :K * K].reshape(*lead, K, K)
+        sums, goal = sums[..., :-n - 1], sums[..., -n - 1:-1] / (sums[..., -1:] + 1e-9)
         zx = sums[..., K * K:-J].reshape(*lead, K, J, n)
         count = lax.stop_gradient(sums[..., :1])
         ridge = (self.ridge + 1 / count)[..., None]
@@ -210,17 +217,19 @@ class VectorS5(nn.Module):
         cosine = cosine * scale[..., None] * scale.mT[..., None, :, :]
         found = [squash(2 * cosine), 1 + 0.3 * jnp.log(square), 0.3 * jnp.log(unit), 0.3 * jnp.log(count)]
         found = jnp.concatenate([y.reshape(*lead, -1) for y in found], -1) @ self.alone + self.bias
-        return Held(unit, weights, dual * (scale.reshape(*lead, Q * J, 1) * n ** -0.5), found)
+        return Held(unit, weights, dual * (scale.reshape(*lead, Q * J, 1) * n ** -0.5), found, goal)
 
     def _read(self, held, z, x):
         """held (..., .), z (..., c, K), x (..., c, J, n) -> y (..., c, H): c steps that share what is held."""
         *lead, c, J, n = x.shape
+        away = bounded((x[..., 0, :] - held.goal[..., None, :]) * held.unit[..., None, :1])[..., None, :]
         x = x * held.unit[..., None, :, None]
         error = x - matmul(z, held.weights).reshape(x.shape)
         x, error = bounded(x), bounded(error)
-        both = jnp.concatenate([x, error], -2).reshape(*lead, c * 2 * J, n)
+        both = jnp.concatenate([x, error, away], -2).reshape(*lead, c * (2 * J + 1), n)
         crossed = squash(2 * matmul(both, held.dual.mT).reshape(*lead, c, -1)) @ self.crossed
-        lengths = [(x[..., i, None, :] * x).sum(-1) for i in range(J)] + [jnp.square(error).sum(-1)]
+        lengths = [(x[..., i, None, :] * x).sum(-1) for i in range(J)]
+        lengths += [jnp.square(y).sum(-1) for y in (error, away)]
         lengths = squash(jnp.concatenate(lengths, -1) / n) @ self.lengths
         y = held.found[..., None, :] + crossed + lengths
         return jnp.where(held.unit[..., None, :1] > 0, y, 0.0)

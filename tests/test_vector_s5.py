@@ -106,6 +106,24 @@ def test_rotation_changes_nothing(case):
     close(apply(net, params, state, s, v @ rotation, reset)[1], apply(net, params, state, s, v, reset)[1], 1e-3)
 
 
+def test_the_goal_is_attention_with_logits_from_the_scalars(case):
+    """The mean of the first value over the trial, weighted by softmax; older steps count less."""
+    net, params, state, s, v, reset = case
+    reset = jnp.zeros_like(reset).at[12].set(True)
+    goal = apply(net, params, state, s, v, reset)[0].held.goal  # computed last in step 32
+    p = params["params"]
+    values = jax.jit(lambda *x: net.apply(params, *x, method=lambda net, *x: net._sums(*x)[1]))
+    w = state.lagged
+    found = []
+    for t in range(33):
+        w = jnp.where(reset[t][:, None], 0.0, w)
+        found.append(values(s[t], v[t], state.traces, w)[:, 0])
+        lag = jnp.repeat(jnp.exp(-jnp.exp(p["lagged_dt"])), n)
+        w = lag * w + (1 - lag) * v[t].reshape(N, -1)
+    logits = s[12:33] @ p["focus"] - jnp.exp(p["sums_dt"]) * jnp.arange(20, -1, -1)[:, None]
+    close(goal, (jax.nn.softmax(logits, 0)[..., None] * jnp.stack(found)[12:]).sum(0), 1e-3)
+
+
 @pytest.mark.parametrize("first", [0.0, 1e-7])
 def test_output_is_bounded_when_motion_begins(case, first):
     """The first change of a trial is nothing, so the next is large in units of those so far."""
