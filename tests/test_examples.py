@@ -359,10 +359,10 @@ def test_defaults_of_the_transformer_are_those_of_the_parameter_count():
     assert (config.width, config.heads, config.head_size, config.hidden_size) == (64, 2, 16, 81)
 
 
-def test_transformer_has_flags_of_its_own_and_not_the_state_size_of_s5():
+def test_transformer_has_flags_of_its_own_and_not_those_of_s5():
     names = {field.name for field in dataclasses.fields(train_transformer.Config)}
     s5 = {field.name for field in dataclasses.fields(train_s5.Config)}
-    assert names - s5 == {"heads", "head_size", "window", "hidden_size"} and s5 - names == {"state_size"}
+    assert names - s5 == {"heads", "head_size", "window", "hidden_size"} and s5 - names == {"memory", "state_size"}
 
 
 def run_script(folder, *flags):
