@@ -79,7 +79,7 @@ def memory(name: str, question: str, *flags: str) -> Job:
 
 BUFFERS = "--xla_gpu_enable_command_buffer="  # nothing: off
 JOBS = (
-    memory("vector_memory", "what vectors without sysid learn in 100 million steps", "--no-sysid", "--memory", "vector"),
+    memory("vector_memory", "what vectors without sysid learn in 100 million", "--no-sysid", "--memory", "vector"),
     memory("none", "what sysid alone learns, hidden state reset in every step", "--reset", "step"),
     memory("s5", "what S5 adds to sysid"),
     learn("default64", "what the default agent learns with 163 instead of 41 gradient steps per million steps"),

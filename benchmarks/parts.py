@@ -27,6 +27,7 @@ VARIANTS = {
     "S5": ("train_s5", []),
     "LSTM": ("train_lstm", []),
     "no memory": ("train_s5", ["--reset", "step"]),
+    "vectors, no sysid": ("train_s5", ["--memory", "vector", "--no-sysid"]),
     "S5, no sysid": ("train_s5", ["--no-sysid"]),
     "LSTM, no sysid": ("train_lstm", ["--no-sysid"]),
     "no memory, no sysid": ("train_s5", ["--reset", "step", "--no-sysid"]),

@@ -31,14 +31,10 @@ import envs
 MEMORIES = (  # log of a run, colour, line, label
     ("gpu/s5/metrics.csv", "tab:blue", "-", "S5, sysid, H200 (three seeds)"),
     ("gpu/none/metrics.csv", "tab:gray", "-", "no memory, sysid, H200 (three seeds)"),
-    ("gpu/vectors/metrics.csv", "tab:purple", ":", "vectors, no sysid, H200 (three seeds)"),
+    ("gpu/vectors/metrics.csv", "tab:purple", ":", "vectors and S5, no sysid, H200 (three seeds)"),
     ("vector/metrics.csv", "magenta", ":", "vectors, no sysid, CPU (three seeds)"),
     ("vector/lstm_no_sysid.csv", "tab:orange", ":", "LSTM, no sysid, CPU (three seeds)"),
     ("gpu/plain64/metrics.csv", "navy", ":", "S5, no sysid, raw state hidden, H200 (one)"))
-
-PARTS = {  # row of training.csv, words
-    "default": "default", "vectors no sysid": "vectors, no sysid", "LSTM": "LSTM instead of S5",
-    "no privileged critic": "no privileged critic", "no sysid": "no sysid", "blind": "no observations"}
 
 
 def run(schedule: int) -> list[np.ndarray]:
@@ -75,7 +71,7 @@ def plot_training(axis) -> None:
     axis.plot(*metrics("gpu/plain64/metrics.csv"), color="navy", linestyle=":", linewidth=1.8,
               label="ours, no additions, one H200 (one seed)")
     axis.plot(*metrics("gpu/vectors/metrics.csv"), color="tab:purple", linewidth=1.8,
-              label="ours, vector memory, no sysid, one H200 (three seeds)")
+              label="ours, vector memory and S5, no sysid, one H200 (three seeds)")
     default = next(row for row in read_csv(RESULTS / "training.csv") if row["run"] == "default 20 million")
     mean, low, high = (float(default[name]) for name in ("return", "low", "high"))
     axis.errorbar(20, mean, [[mean - low], [high - mean]], color="black", fmt="D", markersize=5, capsize=3,
@@ -123,12 +119,11 @@ def plot_memory(axis) -> None:
 
 
 def plot_parts(axis) -> None:
-    """Mean return of the six tasks after 5 million steps, with the intervals over seeds in training.csv."""
-    table = {row["run"]: row for row in read_csv(RESULTS / "training.csv")}
-    rows = [table[f"{name} 5 million"] for name in PARTS]
-    mean, low, high = numbers(rows, "return", "low", "high")
+    """Mean return of the six tasks after 5 million steps, with the intervals over seeds in parts.csv."""
+    rows = read_csv(RESULTS / "parts.csv")
+    mean, low, high = numbers(rows, "mean", "low", "high")
     axis.errorbar(mean, range(len(rows)), xerr=[mean - low, high - mean], fmt="o", color=COLOURS["S5"], capsize=3)
-    axis.set_yticks(range(len(rows)), PARTS.values())
+    axis.set_yticks(range(len(rows)), [row["variant"] for row in rows])
     axis.invert_yaxis()
     axis.set(xlim=(0, 400), xlabel="mean return of six tasks, 95 % t interval over seeds",
              title="Six projected tasks, 5 million steps")
@@ -137,7 +132,7 @@ def plot_parts(axis) -> None:
 def main() -> None:
     """Writes the figures."""
     make_parser(__doc__).parse_args()
-    plot_into(RESULTS / "parts.png", 1, 1, lambda axis, *_: plot_parts(axis), size=(6, 2.6))
+    plot_into(RESULTS / "parts.png", 1, 1, lambda axis, *_: plot_parts(axis), size=(6, 3.2))
     for name, *panels in ("summary", plot_training, plot_memory), ("memories", plot_memories, plot_trial):
         plot_into(RESULTS / f"{name}.png", 1, 2, lambda axis, _, i: panels[i](axis), size=(5, 3.9))
 

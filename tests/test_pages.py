@@ -197,7 +197,7 @@ def test_every_number_of_the_results_table_is_in_its_csv_file():
         ("six DMControl", "default"): trained("default 20 million"),
         ("six DMControl", "vectors, no sysid"): trained("vector memory without sysid 20 million"),
         ("six DMControl", "S5, sysid, H200"): trained("S5 100 million GPU"),
-        ("six DMControl", "vectors, no sysid, H200"): trained("vector memory without sysid 100 million GPU"),
+        ("six DMControl", "vectors, S5, no sysid, H200"): trained("vector memory without sysid 100 million GPU"),
         ("six DMControl", "default, H200"): reproduced(
             "dmcontrol", 0, memory="S5", at="mean of the six, 500 of 500 million"),
         ("MemoryChain (bsuite), 1024", "S5"): reproduced("memory", 2, memory="S5", at="1024"),
