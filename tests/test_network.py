@@ -294,10 +294,10 @@ def test_observations_do_not_drown_actions_in_the_memory(trainer):
         def features(projected, context):
             changed = observation._replace(projected=projected, context=context)
             return network.clone(memory=Echo()).apply(
-                params, norm, (None,), changed, jnp.zeros((50, B), bool), method="features")
+                params, norm, None, changed, jnp.zeros((50, B), bool), method="features")
 
-        (own,), _ = features(0.0 * observation.projected, observation.context)
-        (seen,), heads = features(observation.projected, 0.0 * observation.context)
+        own, _ = features(0.0 * observation.projected, observation.context)
+        seen, heads = features(observation.projected, 0.0 * observation.context)
         moved[projection] = own.std((0, 1)).mean() / seen.std((0, 1)).mean()
         assert heads[..., network.config.width:].std((0, 1)).mean() > 0.05
     assert moved["gaussian"] > 5 and 0.5 < moved["none"] < 2
