@@ -91,8 +91,8 @@ def make_memory(config: MemoryConfig, trials: envs.Trials | None = None) -> nn.M
         return Memory(features=config.width, state_size=config.state_size, layers=config.layers,
                       dtype=jnp.dtype(config.dtype))
     if not (config.observe_action and config.observe_change and config.num_steps % 4 == 0):
-        raise ValueError("--memory vector needs observe_action, observe_change and a num_steps that is a "
-                         f"multiple of 4, got {config.num_steps}")
+        raise ValueError("--memory vector needs --observe-action, --observe-change and a --num-steps that is "
+                         "a multiple of 4")
     from vector_s5 import VectorS5
     layer = VectorS5(features=config.width, scalars=trials.action_width + 1, vectors=2,
                      size=trials.obs_size, actions=trials.action_width)
