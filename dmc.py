@@ -7,7 +7,8 @@
 
 The reference is dm_control (Tassa et al. 2018, arXiv 1801.00690; Apache-2.0). Masses, lengths, control step, order of
 the observation, reward and distribution of initial states are dm_control's. The models are written anew and contain the
-physics only. dm_control is not needed to run: this file needs physics.py, jax, mujoco and gymnax.
+physics only. dm_control is not needed to run: this file needs physics.py, jax, mujoco and gymnax. Most of the file is
+the table of 23 tasks, so that every task is read in one place.
 
 Units are metres, kilograms, seconds, newtons and radians; angles inside the models are degrees.
 """

@@ -1,4 +1,4 @@
-"""Environments by name, and `Trials`: many environments side by side, seen through random projections.
+"""Environments by name, and `Trials`: many environments side by side, observed through random projections.
 
     env, params = make("finger-spin")                # also "CartPole-v1", "popgym:...", "brax:ant"
     obs, state = env.reset(key, params)              # every environment has gymnax's interface
@@ -13,7 +13,8 @@ Mo and Ma are drawn anew in every trial, so an agent cannot memorise a task. It 
 its context, what its inputs mean and what its outputs do.
 
 This file needs jax and flax. gymnax, dmc.py, popgym.py, brax_env.py and sysid.py are imported only when
-one of their environments, or system identification, is requested.
+one of their environments, or system identification, is requested. Names, spaces, projections and trials
+are one file, because a trainer is copied together with all of them.
 """
 
 import ast

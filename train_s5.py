@@ -53,8 +53,9 @@ class MemoryConfig:
 class Memory(S5):
     """Its interface: zero_state(batch_shape), __call__(hidden, x, reset) and step(hidden, x, reset).
 
-    The two may take fields of the Observation as further arguments, by their names: `context` (normalised),
-    `projected`, `change`, and `dt`, which is absent where all steps last equally or config.dt hides it.
+    The last two may have fields of the Observation as further arguments, by their names: `context`
+    (normalised), `projected`, `change`, and `dt`, which is absent where all steps last equally or config.dt
+    hides it.
     """
 
     def step(self, hidden, x, reset, dt=None):
@@ -62,7 +63,11 @@ class Memory(S5):
 
 
 class VectorMemory(nn.Module):
-    """A layer that stores the observation and its change -> GELU -> dense -> GELU -> residual."""
+    """VectorS5, which stores the observation and its change -> GELU -> dense -> GELU -> residual.
+
+    As `Memory`: x (..., N, width), reset (..., N), context (..., N, actions + 3), projected and change
+    (..., N, obs_size), with a leading axis T for a sequence.
+    """
 
     layer: Any  # VectorS5
     width: int

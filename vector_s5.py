@@ -24,10 +24,11 @@ Read-out. Ridge regression over the trial so far estimates how each key moves ea
 W = (sum z z^T + ridge)^-1 sum z x^T. Without the inverse this is linear attention, with it the mesa layer
 of von Oswald et al. (arXiv 2309.05858). A learned matrix mixes the K J vectors of W into Q vectors u_q.
 A dense layer maps inner products to y: of the u_q with each other, with x_t, with the error x_t - W^T z_t
-and with the way from the goal. The goal is what f attends to: at first the observation, weighted by reward.
-They are taken in J metrics, the plain one and the inverse second moment of each of v, which every invertible
-projection preserves; u_q has length 1 in each, and x_t is in units of its root mean square. The logarithms of
-these units and of the number of steps are mapped as well.
+and with the first value minus the goal. The goal is the mean of the first value, weighted by g: at first, f
+weights observations by their reward. Inner products are taken in J metrics, the plain one and the inverse
+second moment of each of v, which every invertible projection preserves. Each u_q has length 1 in each metric,
+and x_t is in units of its root mean square. The logarithms of these units and of the number of steps are
+mapped as well.
 
 W and the metrics are computed in every `stride`-th step, counted from `zero_state`, and held in between.
 A sequence must begin at such a step. A reset clears them too; y is 0 until the next such step.
@@ -57,7 +58,8 @@ class State(NamedTuple):
     """The hidden state, float32, with the batch axes first."""
     traces: Any  # (..., P) p
     lagged: Any  # (..., V n) w
-    sums: Any  # (..., K K + K J n + J + n + 1) of z z^T, z x^T, |x|^2, g x and g
+    sums: Any  # (..., K K + K J n + J) of z z^T, z x^T and |x|^2
+    attended: Any  # (..., n + 1) sums of g x and of g
     moments: Any  # (..., V n n) sum of v v^T
     held: Held
     phase: Any  # (...,) int32, steps since W was computed
@@ -131,9 +133,8 @@ class VectorS5(nn.Module):
             return jnp.zeros((*batch, *shape), jnp.float32)
 
         held = Held(zeros(J), zeros(K, J * n), zeros(Q * J, n), zeros(self.features), zeros(n))
-        sums = zeros(K * K + K * J * n + J + n + 1)
-        return State(zeros(K - 1 - self.scalars), zeros(V * n), sums, zeros(V * n * n), held,
-                     jnp.zeros(batch, jnp.int32))
+        return State(zeros(K - 1 - self.scalars), zeros(V * n), zeros(K * K + K * J * n + J), zeros(n + 1),
+                     zeros(V * n * n), held, jnp.zeros(batch, jnp.int32))
 
     def setup(self):
         K, J, V, Q, n = self.sizes
@@ -179,25 +180,28 @@ class VectorS5(nn.Module):
         return a, (1 - a) * (s @ self.B), lag, (1 - lag) * v.reshape(*v.shape[:-2], -1)
 
     def _sums(self, s, v, p, w):
-        """z (..., K), x (..., J, n), decays and drives of sums and of moments; p, w: one step earlier."""
+        """z (..., K), x (..., J, n), and (decays, drives) of State's sums, attended and moments.
+
+        p, w: traces of one step earlier.
+        """
         lead = s.shape[:-1]
         z = jnp.concatenate([jnp.ones_like(s[..., :1]), s, p], -1)
         x = jnp.einsum("jv,...vn->...jn", self.C, jnp.concatenate([v, w.reshape(v.shape)], -2))
         products = [(z[..., :, None] * y[..., None, :]).reshape(*lead, -1) for y in (z, x.reshape(*lead, -1))]
         g = jnp.exp(jnp.clip(s @ self.focus, -15, 15))[..., None]
-        sums = jnp.concatenate([*products, jnp.square(x).sum(-1), g * x[..., 0, :], g], -1)
+        sums = jnp.concatenate([*products, jnp.square(x).sum(-1)], -1)
+        attended = jnp.concatenate([g * x[..., 0, :], g], -1)
         moments = (v[..., :, :, None] * v[..., :, None, :]).reshape(*lead, -1)
         a = jnp.exp(-jnp.exp(self.sums_dt))
-        a_moments = lax.stop_gradient(jnp.broadcast_to(a, moments.shape[-1:]))
-        return z, x, jnp.broadcast_to(a, sums.shape[-1:]), sums, a_moments, moments
+        return z, x, *((jnp.broadcast_to(a, drive.shape[-1:]), drive) for a, drive in (
+            (a, sums), (a, attended), (lax.stop_gradient(a), moments)))
 
-    def _hold(self, sums, moments):
-        """W, the metrics and what follows from them alone, from the sums and moments."""
+    def _hold(self, sums, attended, moments):
+        """W, the metrics, the goal and what follows from these alone."""
         K, J, V, Q, n = self.sizes
         lead = sums.shape[:-1]
         eye = np.eye(n, dtype=np.float32)
         zz = sums[..., :K * K].reshape(*lead, K, K)
-        sums, goal = sums[..., :-n - 1], sums[..., -n - 1:-1] / (sums[..., -1:] + 1e-9)
         zx = sums[..., K * K:-J].reshape(*lead, K, J, n)
         count = lax.stop_gradient(sums[..., :1])
         ridge = (self.ridge + 1 / count)[..., None]
@@ -217,6 +221,7 @@ class VectorS5(nn.Module):
         cosine = cosine * scale[..., None] * scale.mT[..., None, :, :]
         found = [squash(2 * cosine), 1 + 0.3 * jnp.log(square), 0.3 * jnp.log(unit), 0.3 * jnp.log(count)]
         found = jnp.concatenate([y.reshape(*lead, -1) for y in found], -1) @ self.alone + self.bias
+        goal = attended[..., :-1] / (attended[..., -1:] + 1e-9)
         return Held(unit, weights, dual * (scale.reshape(*lead, Q * J, 1) * n ** -0.5), found, goal)
 
     def _read(self, held, z, x):
@@ -249,13 +254,13 @@ class VectorS5(nn.Module):
 
         a, b, lag, d = self._traces(s, v)
         p, w = run(a, b, state.traces), run(lag, d, state.lagged)
-        z, x, a, b, a_moments, d = self._sums(s, v, earlier(p, state.traces), earlier(w, state.lagged))
-        sums, moments = run(a, b, state.sums), run(a_moments, d, state.moments)
-        held = self._hold(sums[::c], moments[::c])
+        z, x, *parts = self._sums(s, v, earlier(p, state.traces), earlier(w, state.lagged))
+        sums = [run(*part, x0) for part, x0 in zip(parts, (state.sums, state.attended, state.moments))]
+        held = self._hold(*(x[::c] for x in sums))
         gone = jnp.cumsum(chunks(reset.at[::c].set(False)), 2) > 0
         y = cleared(self._read(held, chunks(z), chunks(x)), gone).swapaxes(1, 2)
         last = cleared(jax.tree.map(lambda x: x[-1], held), gone[-1, :, -1])
-        state = State(p[-1], w[-1], sums[-1], moments[-1], last, jnp.full(N, T % c, jnp.int32))
+        state = State(p[-1], w[-1], *(x[-1] for x in sums), last, jnp.full(N, T % c, jnp.int32))
         return state, y.reshape(-1, N, self.features)[:T]
 
     def step(self, state, s, v, reset):
@@ -263,11 +268,10 @@ class VectorS5(nn.Module):
         s, v = jnp.asarray(s, jnp.float32), jnp.asarray(v, jnp.float32)
         old = cleared(state._replace(phase=None), reset)
         a, b, lag, d = self._traces(s, v)
-        z, x, a_sums, b_sums, a_moments, b_moments = self._sums(s, v, old.traces, old.lagged)
-        sums, moments = a_sums * old.sums + b_sums, a_moments * old.moments + b_moments
+        z, x, *parts = self._sums(s, v, old.traces, old.lagged)
+        sums = [a_sums * x0 + drive for (a_sums, drive), x0 in zip(parts, (old.sums, old.attended, old.moments))]
         due = state.phase == 0
-        new = lax.cond(due.any(), lambda: self._hold(sums, moments), lambda: old.held)
+        new = lax.cond(due.any(), lambda: self._hold(*sums), lambda: old.held)
         held = jax.tree.map(jnp.add, cleared(new, ~due), cleared(old.held, due))
-        state = State(a * old.traces + b, lag * old.lagged + d, sums, moments, held,
-                      (state.phase + 1) % self.stride)
+        state = State(a * old.traces + b, lag * old.lagged + d, *sums, held, (state.phase + 1) % self.stride)
         return state, self._read(held, z[:, None], x[:, None])[:, 0]

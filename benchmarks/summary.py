@@ -125,8 +125,8 @@ def plot_parts(axis) -> None:
     axis.errorbar(mean, range(len(rows)), xerr=[mean - low, high - mean], fmt="o", color=COLOURS["S5"], capsize=3)
     axis.set_yticks(range(len(rows)), [row["variant"] for row in rows])
     axis.invert_yaxis()
-    axis.set(xlim=(0, 400), xlabel="mean return of six tasks, 95 % t interval over seeds",
-             title="Six projected tasks, 5 million steps")
+    axis.set(xlim=(0, 450), xlabel="mean return of six tasks, 95 % t interval over seeds",
+             title="Six tasks, 5 million steps, sysid unless named")
 
 
 def main() -> None:

@@ -184,7 +184,7 @@ def other(function, *path):
     other(lambda x: x.astype(complex), "params", "params", "actor", "kernel"),
     other(lambda x: "text", "params", "params", "actor", "kernel")])
 def test_an_edited_file_is_refused_in_a_sentence(change, good, tmp_path):
-    """Whatever was edited, the sentence names the file, and no agent comes of it."""
+    """Whatever was edited, the error names the file, and no agent is returned."""
     saved = flax.serialization.msgpack_restore(good.read_bytes())
     change(saved)
     path = tmp_path / "agent.msgpack"
