@@ -246,6 +246,11 @@ def is_discrete(space: Any) -> bool:
 
 
 # ---- Projections ---------------------------------------------------------------------------------
+def is_random(projection: str) -> bool:
+    """Whether a projection is drawn in every trial, so that an agent has to identify it."""
+    return projection not in ("identity", "none")
+
+
 def projection_matrix(normal: jax.Array, kind: str) -> jax.Array:
     """A random projection from independent standard normal entries (..., rows, cols).
 

@@ -3,8 +3,8 @@
     python train_lstm.py                                      # six DMControl tasks, random projections
     python train_lstm.py --cell gru                           # a GRU instead
 
-The same file as train_s5.py outside the section "Memory": an LSTM or GRU with as many parameters. It needs
-the same files beside it but s5.py.
+The same file as train_s5.py outside the section "Memory": an LSTM or GRU with as many parameters as S5. It
+needs the same files beside it but s5.py and vector_s5.py.
 """
 
 import dataclasses
@@ -75,7 +75,7 @@ class Memory(nn.Module):
 
 
 def hidden_size(config: Any) -> int:
-    """Units of a cell, such that the memory has as many parameters as train_s5.py's default."""
+    """Units of a cell, such that the memory has as many parameters as S5 in train_s5.py."""
     w, gates = config.width, 4 if config.cell == "lstm" else 3
     layers, p = (4, 256) if w >= 256 else (3, 32)  # of train_s5.py
     target = layers * (2 * p * w + 2 * w * w + 5 * w + 3 * p // 2) / config.layers
@@ -103,7 +103,7 @@ class Config(MemoryConfig):
     # the agent
     observe_action: bool = True  # observe the previous action
     observe_change: bool = True  # observe the change of the projected observation
-    sysid: bool = True  # observe the features of in-context system identification (sysid.py)
+    sysid: bool = False  # also observe the features of in-context system identification (sysid.py)
     privileged_critic: bool = True  # in training the critic also observes the raw state
     blind: bool = False  # hide all observations but actions, rewards and episode starts
     reset: Literal["trial", "step", "never"] = "trial"  # when the hidden state is reset
@@ -167,7 +167,7 @@ def make_trial_kwargs(config: Config) -> dict[str, Any]:
     """Keyword arguments of envs.Trials that `config` stands for."""
     dmc = all(map(envs.is_dmc, config.env))
     projection = config.projection.replace("auto", "gaussian" if dmc else "none")
-    hidden = projection not in ("identity", "none")  # else there is nothing to identify
+    hidden = envs.is_random(projection)  # else there is nothing to identify
     same = ("obs_size", "action_size", "episodes_per_trial", "observe_action", "observe_change")
     return {name: getattr(config, name) for name in same} | dict(
         projection=projection, action_repeat=config.action_repeat or ((2,) if dmc else (1,)),
@@ -287,7 +287,7 @@ class ActorCritic(nn.Module):
         elif observation.dt is not None and self.config.dt == "input":
             duration = norm.dt.normalise(observation.dt)
             context = jnp.concatenate([context, duration[..., None]], -1)
-        scale = 1.0 if make_trial_kwargs(self.config)["projection"] in ("identity", "none") else 0.1
+        scale = 0.1 if envs.is_random(make_trial_kwargs(self.config)["projection"]) else 1.0
         x = nn.gelu(flat(self.context_encoder, context) + scale * observed)
         memory = self.memory.step if reset.ndim == 1 else self.memory
         taken = inspect.signature(self.memory.__call__).parameters

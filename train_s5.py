@@ -10,8 +10,8 @@ From Python, a whole run is one pure function:
     train = make_train(Config(env=("CartPole-v1",), num_envs=32, total_timesteps=200_000))
     out = jax.jit(jax.vmap(train))(jax.vmap(jax.random.PRNGKey)(jnp.arange(4)))
 
-To copy: s5.py and envs.py suffice for gymnax environments and your own; dmc.py, physics.py, sysid.py
-add DMControl, vector_s5.py --memory vector, experiment.py and its imports run folders.
+To copy: s5.py and envs.py suffice for gymnax environments and your own. vector_s5.py adds the memory for
+projections, dmc.py and physics.py DMControl, sysid.py --sysid, experiment.py and its imports run folders.
 
 After Lu et al., "Structured State Space Models for In-Context Reinforcement Learning" (arXiv 2303.03982).
 """
@@ -43,7 +43,8 @@ def sized(cpu: Any, accelerator: Any) -> Any:
 # ---- Memory: the only section in which the trainers differ ---------------------------------------
 @dataclasses.dataclass(frozen=True)
 class MemoryConfig:
-    memory: Literal["s5", "vector"] = "s5"  # vector: its states are vectors of observation space (vector_s5.py)
+    memory: Literal["auto", "s5", "vector"] = "auto"  # vector: its states are vectors of observation space
+    # (vector_s5.py); auto: vector where observations are projected and all steps last equally, else s5
     width: int = sized(cpu=64, accelerator=256)  # features of every layer of the network
     layers: int = sized(cpu=3, accelerator=4)  # S5 blocks
     state_size: int = sized(cpu=32, accelerator=256)  # P, states of each S5 block
@@ -90,14 +91,21 @@ class VectorMemory(nn.Module):
         return self(hidden, x, reset, context, projected, change)
 
 
+def memory_of(config: MemoryConfig) -> str:
+    """The kind of memory that `config` stands for, "s5" or "vector"."""
+    kwargs = make_trial_kwargs(config)
+    suited = envs.is_random(kwargs["projection"]) and len(kwargs["action_repeat"]) == 1
+    return config.memory.replace("auto", "vector" if suited else "s5")
+
+
 def make_memory(config: MemoryConfig, trials: envs.Trials | None = None) -> nn.Module:
     """The agent's memory. Any flax module with the three methods of `Memory` can take its place."""
-    if config.memory == "s5":
+    if memory_of(config) == "s5":
         return Memory(features=config.width, state_size=config.state_size, layers=config.layers,
                       dtype=jnp.dtype(config.dtype))
     if not (config.observe_action and config.observe_change and config.num_steps % 4 == 0):
-        raise ValueError("--memory vector needs --observe-action, --observe-change and a --num-steps that is "
-                         "a multiple of 4")
+        raise ValueError("--memory vector, the default under a projection, needs --observe-action, --observe-change "
+                         "and a --num-steps that is a multiple of 4; --memory s5 does not")
     from vector_s5 import VectorS5
     layer = VectorS5(features=config.width, scalars=trials.action_width + 1, vectors=2,
                      size=trials.obs_size, actions=trials.action_width)
@@ -119,7 +127,7 @@ class Config(MemoryConfig):
     # the agent
     observe_action: bool = True  # observe the previous action
     observe_change: bool = True  # observe the change of the projected observation
-    sysid: bool = True  # observe the features of in-context system identification (sysid.py)
+    sysid: bool = False  # also observe the features of in-context system identification (sysid.py)
     privileged_critic: bool = True  # in training the critic also observes the raw state
     blind: bool = False  # hide all observations but actions, rewards and episode starts
     reset: Literal["trial", "step", "never"] = "trial"  # when the hidden state is reset
@@ -183,7 +191,7 @@ def make_trial_kwargs(config: Config) -> dict[str, Any]:
     """Keyword arguments of envs.Trials that `config` stands for."""
     dmc = all(map(envs.is_dmc, config.env))
     projection = config.projection.replace("auto", "gaussian" if dmc else "none")
-    hidden = projection not in ("identity", "none")  # else there is nothing to identify
+    hidden = envs.is_random(projection)  # else there is nothing to identify
     same = ("obs_size", "action_size", "episodes_per_trial", "observe_action", "observe_change")
     return {name: getattr(config, name) for name in same} | dict(
         projection=projection, action_repeat=config.action_repeat or ((2,) if dmc else (1,)),
@@ -303,7 +311,7 @@ class ActorCritic(nn.Module):
         elif observation.dt is not None and self.config.dt == "input":
             duration = norm.dt.normalise(observation.dt)
             context = jnp.concatenate([context, duration[..., None]], -1)
-        scale = 1.0 if make_trial_kwargs(self.config)["projection"] in ("identity", "none") else 0.1
+        scale = 0.1 if envs.is_random(make_trial_kwargs(self.config)["projection"]) else 1.0
         x = nn.gelu(flat(self.context_encoder, context) + scale * observed)
         memory = self.memory.step if reset.ndim == 1 else self.memory
         taken = inspect.signature(self.memory.__call__).parameters

@@ -14,7 +14,7 @@ kill the same command goes on. In the first two parts velocities are hidden, not
                durations, in units of their mean in training. `kept`: return in percent of that at
                trained intervals, StatelessPendulum's counted from that of random actions (`random`)
     cost       milliseconds with dt in the recurrence and hidden, in turn; median ratio of pairs
-    projected  the default agent at intervals 1, 2 and 4, beside an interval of 2
+    projected  S5 with sysid at intervals 1, 2 and 4, beside an interval of 2
     figure     return against interval, and tables
 
 Returns (mean, 95 % t interval, worst, every seed) are those of the last tenth of training, in
@@ -185,7 +185,7 @@ def projected(budget: Budget, folder: Path) -> None:
     table = resumed(folder / "projected.csv")
     for agent, (repeats, dt) in list(PROJECTED.items())[:budget.agents]:
         if not stored(table, agent=agent):
-            config = train_s5.Config(env=budget.projected_tasks, action_repeat=repeats, dt=dt,
+            config = train_s5.Config(env=budget.projected_tasks, action_repeat=repeats, dt=dt, memory="s5", sysid=True,
                                      total_timesteps=budget.projected_steps, **budget.sizes)
             returns, *_ = train_seeds("train_s5", config, budget.projected_seeds)
             table.add(agent=agent, **columns_of(returns.mean(1)), steps=budget.projected_steps,
@@ -197,7 +197,7 @@ def cost(budget: Budget, folder: Path) -> None:
     table, calls = resumed(folder / "cost.csv"), {"training iteration": [], "acting step": []}
     for dt in () if table.rows else ("recurrence", "none"):
         train = train_s5.make_train(train_s5.Config(
-            env=budget.projected_tasks, action_repeat=RANDOM, dt=dt, **budget.sizes))
+            env=budget.projected_tasks, action_repeat=RANDOM, dt=dt, memory="s5", sysid=True, **budget.sizes))
         runner = jax.jit(train.init)(jax.random.PRNGKey(0))
         inputs = runner.params, runner.norm, runner.hidden, runner.observation, runner.reset
         calls["training iteration"].append((jax.jit(train.update), runner))

@@ -32,7 +32,8 @@ RESERVE = 15  # seconds for stopping and packing
 TINY = ("--env", "CartPole-v1", "--num-envs", "8", "--num-steps", "16", "--num-minibatches", "2", "--width",
         "8", "--layers", "1", "--log-every", "2", "--total-timesteps", "512")
 SEEDS = ("--env", "CartPole-v1", "--num-envs", "8", "--seeds", "2", "--total-timesteps", "1000")
-PAPER = ("--no-sysid", "--no-privileged-critic")
+PAPER = ("--memory", "s5", "--no-privileged-critic")
+SYSID = ("--memory", "s5", "--sysid")
 ONE_TASK = ("--env", "cartpole-swingup", "--projection", "none", "--num-envs", "1024",
             "--total-timesteps", "30000000", "--num-seeds", "3")
 
@@ -79,14 +80,15 @@ def memory(name: str, question: str, *flags: str) -> Job:
 
 BUFFERS = "--xla_gpu_enable_command_buffer="  # nothing: off
 JOBS = (
-    memory("vector_memory", "what vectors without sysid learn in 100 million", "--no-sysid", "--memory", "vector"),
-    memory("none", "what sysid alone learns, hidden state reset in every step", "--reset", "step"),
-    memory("s5", "what S5 adds to sysid"),
-    learn("default64", "what the default agent learns with 163 instead of 41 gradient steps per million steps"),
+    memory("vector_memory", "what the default memory learns in 100 million steps"),
+    memory("none", "what sysid alone learns, hidden state reset in every step", *SYSID, "--reset", "step"),
+    memory("s5", "what S5 adds to sysid", *SYSID),
+    learn("vector64", "what the default agent learns with the sizes of a GPU"),
+    learn("default64", "what S5 with sysid learns with these sizes", *SYSID),
+    learn("none64", "what sysid alone learns with these sizes", *SYSID, "--reset", "step"),
     learn("plain64", "what the paper's agent learns: S5 without additions", *PAPER),
-    learn("lstm64", "what the LSTM learns with all additions", script="train_lstm.py"),
-    learn("none64", "what the hidden state is worth: trained without memory", "--reset", "step"),
-    learn("plain_lstm64", "what the paper's LSTM learns", *PAPER, script="train_lstm.py"),
+    learn("lstm64", "what an LSTM learns", script="train_lstm.py"),
+    learn("plain_lstm64", "what the paper's LSTM learns", "--no-privileged-critic", script="train_lstm.py"),
     learn("plain_none64", "what the paper's agent learns without memory", *PAPER, "--reset", "step"),
     learn("small_batch", "do fewer environments learn more per step?", "--num-envs", "2304", millions=200),
     Job("float32", "precision, unchanged: three seeds of one task", 150, "train_s5.py", ONE_TASK),

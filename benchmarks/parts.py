@@ -23,16 +23,18 @@ from common import RESULTS, Table, make_parser, mean_interval, run_main, whole  
 import envs
 from runs import RUNS, Run, add_jobs_flag, launch
 
+S5, NONE = ["--memory", "s5"], ["--memory", "s5", "--reset", "step"]
 VARIANTS = {
-    "S5": ("train_s5", []),
+    "vectors": ("train_s5", []),
+    "vectors, blind": ("train_s5", ["--blind"]),
+    "vectors, no privileged critic": ("train_s5", ["--no-privileged-critic"]),
+    "S5": ("train_s5", S5),
     "LSTM": ("train_lstm", []),
-    "no memory": ("train_s5", ["--reset", "step"]),
-    "vectors, no sysid": ("train_s5", ["--memory", "vector", "--no-sysid"]),
-    "S5, no sysid": ("train_s5", ["--no-sysid"]),
-    "LSTM, no sysid": ("train_lstm", ["--no-sysid"]),
-    "no memory, no sysid": ("train_s5", ["--reset", "step", "--no-sysid"]),
-    "S5, blind": ("train_s5", ["--blind"]),
-    "S5, no privileged critic": ("train_s5", ["--no-privileged-critic"]),
+    "no memory": ("train_s5", NONE),
+    "vectors, sysid": ("train_s5", ["--sysid"]),
+    "S5, sysid": ("train_s5", [*S5, "--sysid"]),
+    "LSTM, sysid": ("train_lstm", ["--sysid"]),
+    "no memory, sysid": ("train_s5", [*NONE, "--sysid"]),
 }
 
 

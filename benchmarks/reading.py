@@ -168,7 +168,8 @@ def make_learner(name, stream, unit, optimiser):
     (trainer, inputs), trials = MEMORIES[name], stream.trials
     raw = inputs == "raw"
     given = "controls" if raw else "actions"
-    memory = trainer and trainer.make_memory(trainer.Config())
+    config = train_s5.Config(memory="s5") if trainer is train_s5 else train_lstm.Config()
+    memory = trainer and trainer.make_memory(config)
     sizes = (trials.obs_dims[0], trials.act_dims[0]) if raw else (trials.obs_size, trials.action_dims)
     model = Reader(memory, train_s5.Config().width, *sizes)
 

@@ -42,6 +42,7 @@ from common import (  # first: it finds the project
 import envs
 import experiment
 import memory_chain
+import train_s5
 from agent import load
 from runs import RUNS, Run, Script, add_jobs_flag, launch, read_rows
 
@@ -57,13 +58,14 @@ PPO = ["--num-envs", "64", "--num-steps", "1024", "--num-minibatches", "8", "--u
        "--lr", "1e-3", "--anneal", "none", "--gamma", "0.99", "--gae-lambda", "1.0", "--clip-eps", "0.2",
        "--ent-coef", "0", "--vf-coef", "1.0", "--log-every", "1",
        "--no-observe-change"]
+S5 = ["--memory", "s5"]
 VARIANTS = {
-    "S5": ("train_s5", []),
-    "GRU": ("train_lstm", ["--cell", "gru"]),
-    "none": ("train_s5", ["--reset", "step", "--no-sysid"]),
-    "S5, never reset": ("train_s5", ["--reset", "never", "--no-sysid"]),
-    "S5, plain": ("train_s5", ["--no-sysid"]),
-    "GRU, plain": ("train_lstm", ["--cell", "gru", "--no-sysid"]),
+    "S5": ("train_s5", [*S5, "--sysid"]),
+    "GRU": ("train_lstm", ["--cell", "gru", "--sysid"]),
+    "none": ("train_s5", [*S5, "--reset", "step"]),
+    "S5, never reset": ("train_s5", [*S5, "--reset", "never"]),
+    "S5, plain": ("train_s5", S5),
+    "GRU, plain": ("train_lstm", ["--cell", "gru"]),
 }
 POPGYM = ("StatelessCartPoleHard", "NoisyStatelessCartPoleHard", "StatelessPendulumHard",
           "NoisyStatelessPendulumHard", "RepeatPreviousHard")
@@ -77,8 +79,9 @@ METACART = {  # variant: words, colour, marker
     "GRU": ("GRU, sysid", "tab:red", "s"), "GRU, plain": ("GRU, no sysid", "tab:pink", "s"),
     "S5, never reset": ("S5, no sysid, never reset", "tab:purple", "o"),
     "none": ("no memory, no sysid", "tab:gray", "^")}
-DMCONTROL = {"S5, plain": "S5, no sysid", "LSTM, plain": "LSTM, no sysid", "none": "no memory, no sysid",
-             "none, sysid": "no memory", "blind": "observations hidden"}
+DMCONTROL = {"S5": "S5, sysid", "S5, plain": "S5", "LSTM": "LSTM, sysid", "LSTM, plain": "LSTM",
+             "vectors": "vectors, sysid", "vectors, plain": "vectors", "none": "no memory",
+             "none, sysid": "no memory, sysid", "blind": "observations hidden"}
 
 
 # ---- Runs ----------------------------------------------------------------------------------------
@@ -239,8 +242,9 @@ def read_six(folder):
     tasks = [task.removeprefix("dmc:") for task in config.env]
     if set(tasks) != set(envs.TRAIN_TASKS):
         raise ValueError(f"{folder} is a run on {', '.join(tasks)}, not on the six training tasks")
-    variant = {"train_s5": "S5", "train_lstm": "LSTM", "train_transformer": "self-attention"}[
-        experiment.trainer_of(type(config))]
+    trainer = experiment.trainer_of(type(config))
+    variant = {"train_s5": "S5", "train_lstm": "LSTM", "train_transformer": "self-attention"}[trainer]
+    variant = "vectors" if trainer == "train_s5" and train_s5.memory_of(config) == "vector" else variant
     variant += "" if config.sysid else ", plain"
     none = "none, sysid" if config.sysid else "none"
     variant = "blind" if config.blind else none if config.reset == "step" else variant
@@ -269,8 +273,9 @@ def dmcontrol_rows(folders, device):
         series.setdefault(plan, []).extend(seeds)
     reference, rows = read_csv(PAPER / "reference_dmcontrol.csv"), []
     for (memory, planned), seeds in series.items():
+        theirs = memory.split(", ")[0].replace("vectors", "S5")
         for i, name in enumerate(SIX):
-            curve = [r for r in reference if (r["task"], r["memory"]) == (name, memory)]
+            curve = [r for r in reference if (r["task"], r["memory"]) == (name, theirs)]
             steps, returns = numbers(curve, "million_frames", "return")
             for budget in BUDGETS:
                 found = np.array([near(s, 1e6 * budget) for s in seeds])

@@ -5,7 +5,7 @@
     python examples/train_transformer.py --help           # flags of train_s5.py and the memory's own
 
 The memory is causal attention over the last `window` steps of the trial. By default it has as many
-parameters as that of train_s5.py. The network around it, PPO and the run folder are those of train_s5.py.
+parameters as S5 in train_s5.py. The network around it, PPO and the run folder are those of train_s5.py.
 """
 
 import dataclasses

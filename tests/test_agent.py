@@ -20,10 +20,11 @@ import sysid
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = dict(episodes_per_trial=2, env_kwargs=("max_steps_in_episode=7",))
-KINDS = {  # settings of a run: projected, with sysid; bare and discrete; permuted and discrete; bare and continuous
+KINDS = {  # settings of a run: projected, with vectors or sysid; bare, discrete; permuted, discrete; bare, continuous
     "DMControl": dict(**SHORT),
+    "DMControl, sysid": dict(memory="s5", sysid=True, **SHORT),
     "CartPole": dict(env=("CartPole-v1",), **SHORT),
-    "projected CartPole": dict(env=("CartPole-v1",), projection="gaussian", obs_size=6, **SHORT),
+    "projected CartPole": dict(env=("CartPole-v1",), projection="gaussian", obs_size=6, sysid=True, **SHORT),
     "Pendulum": dict(env=("Pendulum-v1",), **SHORT),
     "CartPole, actions of different lengths": dict(env=("CartPole-v1",), action_repeat=(1, 2), **SHORT)}
 N, STEPS = 3, 18
@@ -35,7 +36,7 @@ def test_an_agent_acts_on_the_inputs_of_training(kind, tmp_path):
     agent = agent_file.load(make_run(tmp_path / kind, **KINDS[kind]))
     trials = envs.Trials(agent.config.env, N, **agent.trial_kwargs)
     projected = trials.projection != "none"
-    assert STEPS > 2 * 7 and STEPS > 2 * sysid.FIT_EVERY and bool(trials.sysid) == projected
+    assert STEPS > 2 * 7 and STEPS > 2 * sysid.FIT_EVERY and bool(trials.sysid) == agent.config.sysid
 
     def linear(state, obs):
         return trials.project(state.obs_matrix, obs)
@@ -84,7 +85,7 @@ def test_an_agent_acts_on_the_inputs_of_training(kind, tmp_path):
 
 def test_without_a_final_observation_only_sysid_loses_a_step(tmp_path):
     """The first observation of an episode is not taken for the end of the one before."""
-    agent = agent_file.load(make_run(tmp_path / "run", **SHORT))
+    agent = agent_file.load(make_run(tmp_path / "run", sysid=True, **SHORT))
     obs = jnp.asarray(np.random.default_rng(0).normal(size=(6, 1, 12)), jnp.float32)
     _, inputs = agent.start(obs[0])
     action, _ = agent.act(agent.network.zero_state((1,)), inputs, deterministic=True)
@@ -174,7 +175,7 @@ def other(function, *path):
     *(update("config", width=x) for x in ("64", -1, 2.5, None, 16)),
     *(update("config", env=x) for x in ([], [3], ["finger-spine"], None, "finger-spin")),
     update("config", projection="round"), update("config", no_such_setting=1),
-    update("config", action_repeat=[0]), update("config", layers=2), update("config", obs_size=10**9),
+    update("config", action_repeat=[0]), update("config", memory="s5"), update("config", obs_size=10**9),
     update(None, params={}), update(None, params="text"), update(None, norm={}), update(None, norm=None),
     fewer("trainer"), fewer("config"), fewer("agents"), fewer("update"), fewer("params"), fewer("norm"),
     fewer("norm", "projected"), fewer("params", "params", "actor"), fewer("norm", "sysid", "var"),

@@ -329,14 +329,18 @@ def test_parts_leaves_out_one_part_at_a_time(load):
     module = load("parts")
     runs = module.runs_of(list(module.VARIANTS), 5_000_000, 1)
     configs = {run.variant: config_of(run)[0] for run in runs}
-    assert {run.trainer for run in runs} == set(TRAINERS) and len({run.path for run in runs}) == len(runs) == 9
-    assert configs["S5"] == train_s5.Config(total_timesteps=5_000_000)
-    assert [name for name, config in configs.items() if not config.sysid] == [
-        "vectors, no sysid", "S5, no sysid", "LSTM, no sysid", "no memory, no sysid"]
-    assert configs["vectors, no sysid"].memory == "vector" and configs["S5, no sysid"].memory == "s5"
-    assert [name for name, config in configs.items() if config.reset == "step"] == ["no memory", "no memory, no sysid"]
-    assert [name for name, config in configs.items() if config.blind] == ["S5, blind"]
-    assert [name for name, config in configs.items() if not config.privileged_critic] == ["S5, no privileged critic"]
+    assert {run.trainer for run in runs} == set(TRAINERS) and len({run.path for run in runs}) == len(runs) == 10
+
+    def those(condition):
+        return [name for name, config in configs.items() if condition(config)]
+
+    assert configs["vectors"] == train_s5.Config(total_timesteps=5_000_000)
+    assert those(lambda config: config.sysid) == ["vectors, sysid", "S5, sysid", "LSTM, sysid", "no memory, sysid"]
+    assert those(lambda config: config.reset == "step") == ["no memory", "no memory, sysid"]
+    assert those(lambda config: config.blind) == ["vectors, blind"]
+    assert those(lambda config: not config.privileged_critic) == ["vectors, no privileged critic"]
+    s5 = those(lambda config: isinstance(config, train_s5.Config) and train_s5.memory_of(config) == "s5")
+    assert s5 == ["S5", "no memory", "S5, sysid", "no memory, sysid"]
 
 
 # ---- A quarter of an hour on a GPU ---------------------------------------------------------------

@@ -23,7 +23,7 @@ TRIALS, STEPS = 3, 60  # of a run as from make_run
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return make_run(tmp_path_factory.mktemp("runs") / "s5", seeds=(0, 1))
+    return make_run(tmp_path_factory.mktemp("runs") / "s5", seeds=(0, 1), memory="s5", sysid=True)
 
 
 @pytest.fixture(scope="module")

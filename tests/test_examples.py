@@ -348,7 +348,7 @@ def test_transformer_has_as_many_parameters_as_s5(width):
         shapes = jax.eval_shape(memory.init, jax.random.PRNGKey(0), memory.zero_state((1,)), x, reset)
         return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
-    s5 = {64: dict(layers=3, state_size=32), 256: dict(layers=4, state_size=256)}
+    s5 = {64: dict(memory="s5", layers=3, state_size=32), 256: dict(memory="s5", layers=4, state_size=256)}
     attention = {64: dict(heads=2, head_size=16, hidden_size=81),
                  256: dict(heads=4, head_size=32, hidden_size=770)}
     assert abs(count(train_transformer, **attention[width]) / count(train_s5, **s5[width]) - 1) < 0.02

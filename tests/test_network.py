@@ -42,7 +42,8 @@ def test_memories_have_equal_parameter_counts():
     for sizes in (dict(width=64, layers=3, state_size=32), dict(width=256, layers=4, state_size=256)):
         counts = []
         for name, (trainer, changes) in TRAINERS.items():
-            config = trainer.Config(**(sizes if name == "s5" else dict(width=sizes["width"])), **changes)
+            fields = sizes | dict(memory="s5") if name == "s5" else dict(width=sizes["width"])
+            config = trainer.Config(**fields, **changes)
             memory = trainer.make_memory(config)
             x, reset = jnp.zeros((1, 1, config.width)), jnp.zeros((1, 1), bool)
             shapes = jax.eval_shape(memory.init, jax.random.PRNGKey(0), memory.zero_state((1,)), x, reset)
@@ -66,7 +67,7 @@ COPIES = {
     "train_lstm on gymnax": Copy(("train_lstm.py", "envs.py"), CARTPOLE, ("mujoco",), (1280, 2560)),
     # more than ten seconds: the physics of six models is compiled
     "train_s5 on its default tasks": Copy(
-        ("train_s5.py", "s5.py", "envs.py", "dmc.py", "physics.py", "sysid.py"),
+        ("train_s5.py", "s5.py", "vector_s5.py", "envs.py", "dmc.py", "physics.py"),
         ("--total-timesteps", "96", "--num-envs", "12", "--num-steps", "4", "--log-every", "1"),
         ("dm_control", "brax"), (96,)),
 }
@@ -154,14 +155,14 @@ def test_actions_last_two_steps_of_dmcontrol():
     ("point_mass-easy", "auto", True), ("point_mass-easy", "orthogonal", True),
     ("point_mass-easy", "identity", False), ("CartPole-v1", "auto", False), ("CartPole-v1", "gaussian", True)])
 def test_nothing_is_identified_where_nothing_is_hidden(env, projection, hidden):
-    kwargs = train_s5.make_trial_kwargs(small(env=(env,), projection=projection))
+    kwargs = train_s5.make_trial_kwargs(small(env=(env,), projection=projection, sysid=True))
     assert kwargs["sysid"] == kwargs["privileged"] == hidden
     assert kwargs["projection"] == ("gaussian" if env == "point_mass-easy" else "none"
                                     if projection == "auto" else projection) or projection != "auto"
     for reset in ("trial", "step", "never"):  # the memory does not decide about system identification
-        config = small(env=(env,), projection=projection, reset=reset)
+        config = small(env=(env,), projection=projection, reset=reset, sysid=True)
         assert train_s5.make_trial_kwargs(config) == kwargs
-    off = small(env=(env,), projection=projection, sysid=False, privileged_critic=False)
+    off = small(env=(env,), projection=projection, privileged_critic=False)
     kwargs = train_s5.make_trial_kwargs(off)
     assert not kwargs["sysid"] and not kwargs["privileged"]
 
@@ -229,6 +230,21 @@ def test_steps_equal_a_sequence(name):
     close(hidden, last, atol=1e-5 if name in TRAINERS else 1e-3)
 
 
+@pytest.mark.parametrize("changes, memory", [
+    (dict(env=("reacher-easy",)), "vector"), (dict(env=("CartPole-v1",)), "s5"),
+    (dict(env=("CartPole-v1",), projection="gaussian"), "vector"),
+    (dict(env=("reacher-easy",), projection="identity"), "s5"),
+    (dict(env=("reacher-easy",), action_repeat=(1, 2)), "s5")])
+def test_the_memory_has_vectors_where_observations_are_projected(changes, memory):
+    config = small(**changes)
+    assert train_s5.memory_of(config) == memory
+    for chosen in ("s5", "vector"):
+        config = small(**changes | dict(memory=chosen))
+        assert train_s5.memory_of(config) == chosen
+        made = train_s5.make_memory(config, SimpleNamespace(obs_size=4, action_width=2))
+        assert isinstance(made, train_s5.VectorMemory) == (chosen == "vector")
+
+
 def test_a_blind_agent_with_vector_memory_is_blind():
     _, apply, params, (norm, hidden, observation, reset) = network_of(memory="vector", blind=True)
     other = observation._replace(projected=observation.projected + 1.0, change=2.0 * observation.change)
@@ -237,7 +253,7 @@ def test_a_blind_agent_with_vector_memory_is_blind():
 
 def test_vector_memory_needs_what_it_stores():
     for changes in (dict(observe_action=False), dict(observe_change=False), dict(num_steps=6)):
-        with pytest.raises(ValueError, match="--memory vector needs"):
+        with pytest.raises(ValueError, match="--memory vector, .* needs"):
             train_s5.make_train(small(train_s5, memory="vector", **changes))
 
 
@@ -286,9 +302,10 @@ class Echo(nn.Module):
 def test_observations_do_not_drown_actions_in_the_memory(trainer):
     """Two hundred projected numbers move its input less than five others do; all of them bypass it."""
     sizes, moved = (("projected", 200), ("change", 0), ("sysid", 0), ("state", 0)), {}
+    s5 = {"memory": "s5"} if trainer is train_s5 else {}
     for projection in ("gaussian", "none"):
         network, _, params, (norm, _, observation, _) = network_of(
-            trainer, sizes, (50, B), env=("reacher-easy",), projection=projection)
+            trainer, sizes, (50, B), env=("reacher-easy",), projection=projection, **s5)
 
         @jax.jit
         def features(projected, context):

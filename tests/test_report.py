@@ -228,7 +228,7 @@ def test_a_figure_draws_dollars_and_underscores_as_they_are(result, tmp_path):
 
 def test_comparison_of_runs(tmp_path, capsys):
     """An LSTM trained on gaussian projections; S5 trained on none, its hidden state reset in every step."""
-    lstm = make_run(tmp_path / "lstm", train_lstm, seeds=(0, 1), sysid=False)
+    lstm = make_run(tmp_path / "lstm", train_lstm, seeds=(0, 1))
     step = make_run(tmp_path / "step", reset="step", projection="identity")
     found = evaluate.evaluate((lstm, step), tasks=TASKS, trials=TRIALS, out=tmp_path / "out")
     np.testing.assert_array_equal(found[1].returns["memory"], found[1].returns["reset"])
