@@ -424,7 +424,7 @@ class Trials:
     time_unit: float | None = None  # environment steps of duration 1 (default: the mean action_repeat)
     observe_action: bool = True  # observe the previous action
     observe_change: bool = True  # observe the change of the projected observation
-    sysid: Any = True  # observe the features of sysid.py; becomes that module, or None
+    sysid: Any = False  # observe the features of sysid.py; becomes that module, or None
     privileged: bool = True  # give Observation.state its contents
     env_kwargs: dict | None = None  # further arguments of `make`
     axis: str | None = None  # a mapped axis whose devices share the environments, each N of them

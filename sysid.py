@@ -26,8 +26,8 @@ These features describe the effects of the agent's actions on its observations, 
 trial. A diagonal recurrence does not learn them easily: it must multiply actions by changes, average, and multiply the
 average by observations again.
 
-All sums are the recurrence of s5.py with matrices for b, x_t = a x_{t-1} + b_t with b_t = key value^T, and are reset at
-the same steps as the hidden state. Nothing is trained. Related: recursive least squares with forgetting; linear
+All sums are the recurrence of s5.py with matrices for b, x_t = a x_{t-1} + b_t with b_t = key value^T, and are reset
+where a trial begins. Nothing is trained. Related: recursive least squares with forgetting; linear
 attention as fast weights (Schlag et al., arXiv 2102.11174); the layer that solves a regression in context (von Oswald
 et al., arXiv 2309.05858).
 """

@@ -97,14 +97,13 @@ class Config(MemoryConfig):
     projection: Literal["auto", *envs.PROJECTIONS] = "auto"  # auto: gaussian for DMControl, else none
     obs_size: int = 12  # size of a projected observation
     action_size: int = 2  # dimensions of the action before projection
-    action_repeat: tuple[int, ...] = ()  # environment steps per action, default: two for DMControl, else
-    # one; of several numbers, one is drawn for every action
+    action_repeat: tuple[int, ...] = ()  # steps per action, default DMControl 2, else 1; of several, one is drawn
     episodes_per_trial: int = 1  # episodes after which the hidden state is reset
     # the agent
     observe_action: bool = True  # observe the previous action
     observe_change: bool = True  # observe the change of the projected observation
-    sysid: bool = False  # also observe the features of in-context system identification (sysid.py)
-    privileged_critic: bool = True  # in training the critic also observes the raw state
+    sysid: bool = False  # under random projections, observe the features of sysid.py
+    privileged_critic: bool = True  # under random projections, the critic observes the raw state in training
     blind: bool = False  # hide all observations but actions, rewards and episode starts
     reset: Literal["trial", "step", "never"] = "trial"  # when the hidden state is reset
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products
@@ -167,11 +166,11 @@ def make_trial_kwargs(config: Config) -> dict[str, Any]:
     """Keyword arguments of envs.Trials that `config` stands for."""
     dmc = all(map(envs.is_dmc, config.env))
     projection = config.projection.replace("auto", "gaussian" if dmc else "none")
-    hidden = envs.is_random(projection)  # else there is nothing to identify
+    random = envs.is_random(projection)  # else there is nothing to identify
     same = ("obs_size", "action_size", "episodes_per_trial", "observe_action", "observe_change")
     return {name: getattr(config, name) for name in same} | dict(
         projection=projection, action_repeat=config.action_repeat or ((2,) if dmc else (1,)),
-        sysid=config.sysid and hidden, privileged=config.privileged_critic and hidden,
+        sysid=config.sysid and random, privileged=config.privileged_critic and random,
         env_kwargs=envs.parse_kwargs(config.env_kwargs))
 
 
@@ -272,7 +271,7 @@ class ActorCritic(nn.Module):
     def features(self, norm, hidden, observation, reset):
         """(hidden state, features (..., 2 width) for the heads).
 
-        Observation features bypass the memory. They also enter it, scaled by 0.1 under a projection,
+        Observation features bypass the memory. They also enter it, scaled by 0.1 under random projections,
         because they outnumber action and reward and would drown them early in training.
         """
         parts = [getattr(norm, name).normalise(getattr(observation, name))
@@ -330,7 +329,7 @@ def gae(reward, value, last_value, terminated, trial_end, gamma, lam) -> jax.Arr
 
     Arguments are (T, N), but last_value (N,), gamma and lam () or (T, N). Inside a trial the next value is
     that of the next step, across episode boundaries too. At a trial's end it is 0 if the task terminated.
-    If the trial ran out of time, the value of the last observation acted on stands in for the final one's.
+    If the trial ran out of time, the value of the last observation acted on replaces that of the final one.
     """
     next_value = jnp.concatenate([value[1:], last_value[None]])
     next_value = jnp.where(trial_end, jnp.where(terminated, 0.0, value), next_value)
@@ -483,7 +482,7 @@ def make_train(config: Config, make_memory: Callable = make_memory, axis: str | 
             return carry, metrics | {"grad_norm": norm, "skipped": 1.0 - finite}
 
         def shuffle(key):
-            """(M, N / M) environments of M minibatches: of every M neighbours, each gets one."""
+            """(M, N / M) environments of M minibatches: each has one of every M neighbours."""
             M = config.num_minibatches
             order = jax.vmap(lambda k: jax.random.permutation(k, M))(trials.split(key)[::M])
             return (jnp.arange(0, N, M)[:, None] + order).T
@@ -497,7 +496,7 @@ def make_train(config: Config, make_memory: Callable = make_memory, axis: str | 
         runner, rollout, last_value = collect(runner)
         hyper, transition = runner.hyper, rollout.transition
         gamma, lam = hyper["gamma"], hyper["gae_lambda"]
-        if transition.dt is not None:  # both are of a step of the mean duration
+        if transition.dt is not None:  # the settings are those of a step of the mean duration
             gamma, lam = gamma**transition.dt, lam**transition.dt
         reward, returns, reward_scale = scale_rewards(
             transition.reward, transition.trial_end, runner.returns, runner.reward_scale, gamma, pmean)

@@ -1,6 +1,7 @@
 """In-context reinforcement learning with a resettable S5 memory: PPO, end to end in JAX, in one file.
 
     python train_s5.py                                        # six DMControl tasks, random projections
+    python train_s5.py --memory s5                            # S5 over features in the place of S5 over vectors
     python train_s5.py --env cartpole-swingup --num-seeds 4   # four seeds in one compiled function
     python train_s5.py --sweep lr=3e-4,1e-3 --num-seeds 3     # every setting with every seed
     python train_s5.py --resume runs/NAME                     # go on after a kill, to the same bits
@@ -10,8 +11,8 @@ From Python, a whole run is one pure function:
     train = make_train(Config(env=("CartPole-v1",), num_envs=32, total_timesteps=200_000))
     out = jax.jit(jax.vmap(train))(jax.vmap(jax.random.PRNGKey)(jnp.arange(4)))
 
-To copy: s5.py and envs.py suffice for gymnax environments and your own. vector_s5.py adds the memory for
-projections, dmc.py and physics.py DMControl, sysid.py --sysid, experiment.py and its imports run folders.
+To copy: s5.py and envs.py suffice for gymnax environments and your own. Random projections need vector_s5.py,
+DMControl dmc.py and physics.py, --sysid sysid.py, run folders experiment.py and its imports.
 
 After Lu et al., "Structured State Space Models for In-Context Reinforcement Learning" (arXiv 2303.03982).
 """
@@ -43,16 +44,15 @@ def sized(cpu: Any, accelerator: Any) -> Any:
 # ---- Memory: the only section in which the trainers differ ---------------------------------------
 @dataclasses.dataclass(frozen=True)
 class MemoryConfig:
-    memory: Literal["auto", "s5", "vector"] = "auto"  # vector: its states are vectors of observation space
-    # (vector_s5.py); auto: vector where observations are projected and all steps last equally, else s5
+    memory: Literal["auto", "s5", "vector"] = "auto"  # auto: vector under random projections and steps of one length
     width: int = sized(cpu=64, accelerator=256)  # features of every layer of the network
-    layers: int = sized(cpu=3, accelerator=4)  # S5 blocks
-    state_size: int = sized(cpu=32, accelerator=256)  # P, states of each S5 block
+    layers: int = sized(cpu=3, accelerator=4)  # S5 blocks; of s5 only
+    state_size: int = sized(cpu=32, accelerator=256)  # P, states of each S5 block; of s5 only
     dt: Literal["recurrence", "input", "none"] = "recurrence"  # use of a step's duration, where it varies
 
 
 class Memory(S5):
-    """Its interface: zero_state(batch_shape), __call__(hidden, x, reset) and step(hidden, x, reset).
+    """The interface of a memory: zero_state(batch_shape), __call__ and step, both of (hidden, x, reset).
 
     The last two may have fields of the Observation as further arguments, by their names: `context`
     (normalised), `projected`, `change`, and `dt`, which is absent where all steps last equally or config.dt
@@ -64,7 +64,7 @@ class Memory(S5):
 
 
 class VectorMemory(nn.Module):
-    """VectorS5, which stores the observation and its change -> GELU -> dense -> GELU -> residual.
+    """VectorS5 -> GELU -> dense -> GELU -> residual. VectorS5 stores the observation and its change.
 
     As `Memory`: x (..., N, width), reset (..., N), context (..., N, actions + 3), projected and change
     (..., N, obs_size), with a leading axis T for a sequence.
@@ -82,8 +82,9 @@ class VectorMemory(nn.Module):
 
     def __call__(self, hidden, x, reset, context, projected, change):
         layer = self.layer if reset.ndim > 1 else self.layer.step
+        # without symlog, so that vectors are linear in the task's own observation
         now, before = (jnp.sign(o) * jnp.expm1(jnp.abs(o)) for o in (projected, projected - change))
-        vectors = jnp.stack([now, now - before], -2)  # without symlog: linear in the state
+        vectors = jnp.stack([now, now - before], -2)
         hidden, y = layer(hidden, context[..., :-2], vectors, reset)  # context: last action and reward
         return hidden, x + flat(lambda y: nn.gelu(self.dense(nn.gelu(y))), y)
 
@@ -104,8 +105,8 @@ def make_memory(config: MemoryConfig, trials: envs.Trials | None = None) -> nn.M
         return Memory(features=config.width, state_size=config.state_size, layers=config.layers,
                       dtype=jnp.dtype(config.dtype))
     if not (config.observe_action and config.observe_change and config.num_steps % 4 == 0):
-        raise ValueError("--memory vector, the default under a projection, needs --observe-action, --observe-change "
-                         "and a --num-steps that is a multiple of 4; --memory s5 does not")
+        raise ValueError("--memory vector, the default under random projections, needs --observe-action, "
+                         "--observe-change and a --num-steps that is a multiple of 4; --memory s5 does not")
     from vector_s5 import VectorS5
     layer = VectorS5(features=config.width, scalars=trials.action_width + 1, vectors=2,
                      size=trials.obs_size, actions=trials.action_width)
@@ -121,14 +122,13 @@ class Config(MemoryConfig):
     projection: Literal["auto", *envs.PROJECTIONS] = "auto"  # auto: gaussian for DMControl, else none
     obs_size: int = 12  # size of a projected observation
     action_size: int = 2  # dimensions of the action before projection
-    action_repeat: tuple[int, ...] = ()  # environment steps per action, default: two for DMControl, else
-    # one; of several numbers, one is drawn for every action
+    action_repeat: tuple[int, ...] = ()  # steps per action, default DMControl 2, else 1; of several, one is drawn
     episodes_per_trial: int = 1  # episodes after which the hidden state is reset
     # the agent
     observe_action: bool = True  # observe the previous action
     observe_change: bool = True  # observe the change of the projected observation
-    sysid: bool = False  # also observe the features of in-context system identification (sysid.py)
-    privileged_critic: bool = True  # in training the critic also observes the raw state
+    sysid: bool = False  # under random projections, observe the features of sysid.py
+    privileged_critic: bool = True  # under random projections, the critic observes the raw state in training
     blind: bool = False  # hide all observations but actions, rewards and episode starts
     reset: Literal["trial", "step", "never"] = "trial"  # when the hidden state is reset
     dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products
@@ -191,11 +191,11 @@ def make_trial_kwargs(config: Config) -> dict[str, Any]:
     """Keyword arguments of envs.Trials that `config` stands for."""
     dmc = all(map(envs.is_dmc, config.env))
     projection = config.projection.replace("auto", "gaussian" if dmc else "none")
-    hidden = envs.is_random(projection)  # else there is nothing to identify
+    random = envs.is_random(projection)  # else there is nothing to identify
     same = ("obs_size", "action_size", "episodes_per_trial", "observe_action", "observe_change")
     return {name: getattr(config, name) for name in same} | dict(
         projection=projection, action_repeat=config.action_repeat or ((2,) if dmc else (1,)),
-        sysid=config.sysid and hidden, privileged=config.privileged_critic and hidden,
+        sysid=config.sysid and random, privileged=config.privileged_critic and random,
         env_kwargs=envs.parse_kwargs(config.env_kwargs))
 
 
@@ -296,7 +296,7 @@ class ActorCritic(nn.Module):
     def features(self, norm, hidden, observation, reset):
         """(hidden state, features (..., 2 width) for the heads).
 
-        Observation features bypass the memory. They also enter it, scaled by 0.1 under a projection,
+        Observation features bypass the memory. They also enter it, scaled by 0.1 under random projections,
         because they outnumber action and reward and would drown them early in training.
         """
         parts = [getattr(norm, name).normalise(getattr(observation, name))
@@ -354,7 +354,7 @@ def gae(reward, value, last_value, terminated, trial_end, gamma, lam) -> jax.Arr
 
     Arguments are (T, N), but last_value (N,), gamma and lam () or (T, N). Inside a trial the next value is
     that of the next step, across episode boundaries too. At a trial's end it is 0 if the task terminated.
-    If the trial ran out of time, the value of the last observation acted on stands in for the final one's.
+    If the trial ran out of time, the value of the last observation acted on replaces that of the final one.
     """
     next_value = jnp.concatenate([value[1:], last_value[None]])
     next_value = jnp.where(trial_end, jnp.where(terminated, 0.0, value), next_value)
@@ -507,7 +507,7 @@ def make_train(config: Config, make_memory: Callable = make_memory, axis: str | 
             return carry, metrics | {"grad_norm": norm, "skipped": 1.0 - finite}
 
         def shuffle(key):
-            """(M, N / M) environments of M minibatches: of every M neighbours, each gets one."""
+            """(M, N / M) environments of M minibatches: each has one of every M neighbours."""
             M = config.num_minibatches
             order = jax.vmap(lambda k: jax.random.permutation(k, M))(trials.split(key)[::M])
             return (jnp.arange(0, N, M)[:, None] + order).T
@@ -521,7 +521,7 @@ def make_train(config: Config, make_memory: Callable = make_memory, axis: str | 
         runner, rollout, last_value = collect(runner)
         hyper, transition = runner.hyper, rollout.transition
         gamma, lam = hyper["gamma"], hyper["gae_lambda"]
-        if transition.dt is not None:  # both are of a step of the mean duration
+        if transition.dt is not None:  # the settings are those of a step of the mean duration
             gamma, lam = gamma**transition.dt, lam**transition.dt
         reward, returns, reward_scale = scale_rewards(
             transition.reward, transition.trial_end, runner.returns, runner.reward_scale, gamma, pmean)

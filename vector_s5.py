@@ -1,4 +1,4 @@
-"""A resettable S5 layer whose states are vectors of observation space, read out by regression.
+"""A resettable layer with the recurrence of S5, which stores vectors and reads them out by regression.
 
     net = VectorS5(features=64, scalars=3, vectors=2, size=12, actions=2)
     state = net.zero_state((batch,))
@@ -9,29 +9,30 @@
 Shapes: s (T, batch, 3), v (T, batch, 2, 12), reset (T, batch) bool, y (T, batch, 64). Needs s5.py.
 
 Why. A random projection is as likely as any rotation of it, so only relations between vectors can be learned.
-This layer is linear in the vectors v (the observation and its change). The scalars s (the last action, the
-reward) decide what is stored. Only inner products are read out: no rotation changes the output (tested).
+This layer stores products of vectors v (the observation and its change) and scalars s (the last action, the
+reward). Only inner products of vectors are read out: no rotation changes the output (tested).
 
-States. Each is the recurrence of S5, x_t = a x_{t-1} + b_t with a = exp(-dt), dt > 0 learned, reset to 0:
+States. V vectors have n numbers each, K and J are the numbers of keys and values. Each state h follows the
+recurrence of S5, h_t = a h_{t-1} + b_t with a = exp(-dt), dt > 0 learned, reset to 0. Left: b_t.
 
-    p, w     traces of B s and of v          b = (1 - a) u, the zero-order hold of dx/dt = u - x
-    z z^T    K x K                           keys z_t = [1, s_t, p_{t-1}]
-    z x^T    K x J vectors                   values x_t = C [v_t, w_{t-1}], J = V + 1
-    g x, g   of the first value              g_t = exp(f . s_t), so that sum g x / sum g is attention
-    v v^T    V matrices n x n                the second moments of the vectors
+    (1 - a) B s, (1 - a) v   traces p and w, the zero-order hold of dh/dt = u - h
+    z z^T    K x K           keys z_t = [1, s_t, p_{t-1}]
+    z x^T    K x J vectors   values x_t = C [v_t, w_{t-1}], J = V + 1
+    g x, g   of the first x  g_t = exp(f . s_t), so that sum g x / sum g is attention
+    v v^T    V x n x n       the second moments of the vectors
 
-Read-out. Ridge regression over the trial so far estimates how each key moves each value,
+B, C and f are learned. Ridge regression over the trial so far estimates how each key moves each value,
 W = (sum z z^T + ridge)^-1 sum z x^T. Without the inverse this is linear attention, with it the mesa layer
 of von Oswald et al. (arXiv 2309.05858). A learned matrix mixes the K J vectors of W into Q vectors u_q.
-A dense layer maps inner products to y: of the u_q with each other, with x_t, with the error x_t - W^T z_t
-and with the first value minus the goal. The goal is the mean of the first value, weighted by g: at first, f
-weights observations by their reward. Inner products are taken in J metrics, the plain one and the inverse
-second moment of each of v, which every invertible projection preserves. Each u_q has length 1 in each metric,
-and x_t is in units of its root mean square. The logarithms of these units and of the number of steps are
-mapped as well.
 
-W and the metrics are computed in every `stride`-th step, counted from `zero_state`, and held in between.
-A sequence must begin at such a step. A reset clears them too; y is 0 until the next such step.
+Read-out. y is a dense layer of inner products: of the u_q with each other, with x_t, with the error
+x_t - W^T z_t, and with the first value minus the goal, which is the attention above (at first, f weights
+observations by their reward). Inner products are taken in J metrics: the plain one, and for each v its inverse
+second moment, in which every invertible projection preserves them. Each u_q has length 1 in each metric, and
+x_t is in units of its root mean square. The logarithms of these units and of the number of steps enter y too.
+
+W and the metrics are computed in every `stride`-th step, counted from `zero_state`, and held in between: a
+sequence must begin at such a step. A reset clears them too, so up to stride - 1 steps after it have y = 0.
 """
 from functools import partial
 from typing import Any, NamedTuple

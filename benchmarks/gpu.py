@@ -60,10 +60,11 @@ class Job(NamedTuple):
         return ["--out", str(folder), "--no-evaluate", "--checkpoint-minutes", "2"]
 
 
-def learn(name: str, question: str, *flags: str, script: str = "train_s5.py", millions: int = 300) -> Job:
-    """A training run of 64 minibatches, which beside another makes 0.84 million steps per second."""
+def learn(name: str, question: str, *flags: str, script: str = "train_s5.py", millions: int = 300,
+          rate: float = 0.8) -> Job:
+    """A training run of 64 minibatches. `rate`: million steps per second, beside other runs."""
     flags = (*flags, "--num-minibatches", "64", "--total-timesteps", f"{millions}000000")
-    return Job(name, question, round(110 + millions / 0.8), script, flags)
+    return Job(name, question, round(110 + millions / rate), script, flags)
 
 
 def speed(name: str, question: str, num_envs: int, *flags: str, xla_flags: str = "") -> Job:
@@ -72,19 +73,19 @@ def speed(name: str, question: str, num_envs: int, *flags: str, xla_flags: str =
     return Job(name, question, 160, "train_s5.py", flags, alone=True, xla_flags=xla_flags)
 
 
-def memory(name: str, question: str, *flags: str) -> Job:
+def memory(name: str, question: str, *flags: str, seconds: int = 440) -> Job:
     """100 million steps by three seeds side by side, with the sizes of a network on a CPU."""
     sizes = ("--num-envs", "1536", "--width", "64", "--layers", "3", "--state-size", "32", "--num-seeds", "3")
-    return Job(name, question, 440, "train_s5.py", (*flags, *sizes, "--total-timesteps", "100000000"))
+    return Job(name, question, seconds, "train_s5.py", (*flags, *sizes, "--total-timesteps", "100000000"))
 
 
 BUFFERS = "--xla_gpu_enable_command_buffer="  # nothing: off
 JOBS = (
-    memory("vector_memory", "what the default memory learns in 100 million steps"),
+    memory("vector_memory", "what the default memory learns in 100 million steps", seconds=611),
     memory("none", "what sysid alone learns, hidden state reset in every step", *SYSID, "--reset", "step"),
     memory("s5", "what S5 adds to sysid", *SYSID),
-    learn("vector64", "what the default agent learns with the sizes of a GPU"),
-    learn("default64", "what S5 with sysid learns with these sizes", *SYSID),
+    learn("vector64", "what the default agent learns with the sizes of a GPU", rate=0.6),
+    learn("s5_64", "what S5 with sysid learns with these sizes", *SYSID),
     learn("none64", "what sysid alone learns with these sizes", *SYSID, "--reset", "step"),
     learn("plain64", "what the paper's agent learns: S5 without additions", *PAPER),
     learn("lstm64", "what an LSTM learns", script="train_lstm.py"),

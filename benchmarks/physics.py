@@ -67,7 +67,7 @@ def trials_speed(tasks, batch, backend, steps, repeats):
     made = [envs.make(task)[0] for task in tasks]
     trials = envs.Trials(  # the paper's sizes, if they suffice
         tasks, batch, obs_size=max(12, *(env.observation_space().shape[0] for env in made)),
-        action_size=max(2, *(env.model.nu for env in made)), sysid=False, privileged=False,
+        action_size=max(2, *(env.model.nu for env in made)), privileged=False,
         env_kwargs={"backend": backend})
     state, _ = jax.jit(trials.reset)(jax.random.PRNGKey(0))
 

@@ -34,7 +34,7 @@ class Config(train_s5.Config):
     head_size: int = train_s5.sized(cpu=16, accelerator=32)  # features of a query, key or value
     window: int = 128  # steps that a query attends to, its own included
     hidden_size: int = train_s5.sized(cpu=81, accelerator=770)  # units between the dense layers
-    memory: ClassVar[None] = None  # removes S5's field
+    memory: ClassVar[None] = None  # removes the flags of the memories of train_s5.py
     state_size: ClassVar[None] = None
     dt: Literal["input", "none"] = "input"  # use of a step's duration, where it varies
 

@@ -12,7 +12,7 @@ import numpy as np
 import envs
 
 KEY = jax.random.PRNGKey(0)
-PLAIN = dict(observe_change=False, sysid=False, privileged=False)  # what compiles soonest
+PLAIN = dict(observe_change=False, privileged=False)  # what compiles soonest
 
 
 class ClockState(NamedTuple):
@@ -80,7 +80,7 @@ class Sized(Clock):
 @functools.cache
 def point_mass():
     """Sixteen environments in trials of three episodes of six steps; shared, because compiling them costs."""
-    return envs.Trials(["point_mass-easy"], 16, episodes_per_trial=3,
+    return envs.Trials(["point_mass-easy"], 16, episodes_per_trial=3, sysid=True,
                        env_kwargs={"max_steps_in_episode": 6})
 
 

@@ -29,7 +29,7 @@ def make_run(folder, trainer=train_s5, settings=({},), seeds=(0,), **changes):
         if "log_dt" in name:
             return value - 4
         if "'C'" in name:
-            return 30 * value  # so that the hidden state matters in short trials
+            return 30 * value  # S5's output matrix: so that the hidden state matters in short trials
         return np.abs(value) if "var" in name else value
 
     saved = {name: jax.tree_util.tree_map_with_path(fill, flax.serialization.to_state_dict(getattr(shapes, name)))

@@ -536,16 +536,19 @@ def test_reproduce_compares_curves_at_equal_frames(reproduce, tmp_path):
     tasks = list(enumerate(envs.TRAIN_TASKS, 1))
     rows = [{"update": m, "steps": m * 1e6, "seed": seed} | {f"return/{t}": float((i + seed) * m) for i, t in tasks}
             for m in range(1, 31) for seed in (0, 1)]
-    config = train_s5.Config(total_timesteps=20_000_000)
+    config = train_s5.Config(memory="s5", sysid=True, total_timesteps=20_000_000)
     write_run(tmp_path / "six", config, rows)
     found = {r["at"]: r for r in reproduce.dmcontrol_rows([tmp_path / "six"], "one H200")}
     assert len(found) == 7 * 3  # at 5, 10 and 20 million
     mean, spin = found["mean of the six, 20 of 20 million"], found["finger-spin, 10 of 20 million"]
-    assert (mean["paper"], mean["ours"]) == (150, 80) and (spin["ours"], spin["worst"]) == (35, 30)
+    assert (mean["memory"], mean["paper"], mean["ours"]) == ("S5", 150, 80)
+    assert (spin["ours"], spin["worst"]) == (35, 30)
     assert found["mean of the six, 5 of 20 million"]["paper"] == ""
     assert (mean["task"], mean["schedule"], mean["device"]) == ("mean of the six", "20", "one H200")
     reproduce.draw_dmcontrol(reproduce.write_table("dmcontrol", list(found.values())))
     assert (reproduce.PAPER / "dmcontrol.png").read_bytes().startswith(b"\x89PNG")
+    write_run(tmp_path / "default", train_s5.Config(total_timesteps=20_000_000), rows)
+    assert {r["memory"] for r in reproduce.dmcontrol_rows([tmp_path / "default"], "one H200")} == {"vectors, plain"}
     write_run(tmp_path / "one", train_s5.Config(env=("reacher-easy",)), rows)
     with pytest.raises(ValueError, match="not on the six"):
         reproduce.dmcontrol_rows([tmp_path / "one"], "")

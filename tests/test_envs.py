@@ -162,7 +162,7 @@ missing.names = {"mujoco", "gymnax", "dm_control", "brax", "dmc", "popgym", "sys
 import envs, train_s5, train_lstm
 missing.names = {"dm_control", "brax", "popgym"}
 import jax
-trials = envs.Trials(["pendulum-swingup"], 4, sysid=False)
+trials = envs.Trials(["pendulum-swingup"], 4)
 state, _ = jax.jit(trials.reset)(jax.random.key(0))  # a typed key, for once
 state, _, transition = jax.jit(trials.step)(state, jax.numpy.zeros((4, 2), int), 0)
 assert transition.reward.shape == (4,)
@@ -178,13 +178,14 @@ def test_what_is_not_asked_for_is_not_observed_and_changes_nothing_else():
                                        privileged="state")
 
     def sizes(**hidden):
-        observation = jax.eval_shape(envs.Trials(tasks, 4, **hidden).reset, KEY)[1]
+        observation = jax.eval_shape(envs.Trials(tasks, 4, **dict(sysid=True) | hidden).reset, KEY)[1]
         return {name: x.shape[1] for name, x in observation._asdict().items() if name != "dt"}
 
     everything = sizes()
     for flag, field in flags.items():
         assert sizes(**{flag: False}) == everything | {field: 3 if field == "context" else 0}
-    full, part = (rollout(envs.Trials(tasks, 4, **hidden), 6) for hidden in ({}, dict.fromkeys(flags, False)))
+    full, part = (rollout(envs.Trials(tasks, 4, **fields), 6)
+                  for fields in (dict(sysid=True), dict.fromkeys(flags, False)))
     np.testing.assert_array_equal(part.after.projected, full.after.projected)
     np.testing.assert_array_equal(part.after.context, full.after.context[..., 2:])
     jax.tree.map(np.testing.assert_array_equal, part.transition, full.transition)

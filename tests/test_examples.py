@@ -116,7 +116,7 @@ def test_own_environment_by_name():
     """MODULE:NAME with arguments of the constructor, as the command line gives it."""
     env, params = envs.make("own_environment:CueRecall", delay=3)
     assert isinstance(env, own_environment.CueRecall) and env.delay == 3 and params is None
-    trials = envs.Trials(("own_environment:ContinuousCueRecall",), 4, projection="none", sysid=False)
+    trials = envs.Trials(("own_environment:ContinuousCueRecall",), 4, projection="none")
     state, observation = jax.jit(trials.reset)(jax.random.PRNGKey(0))
     assert observation.projected.shape == (4, 4) and trials.num_bins == envs.ACTION_BINS
     with pytest.raises(ValueError, match="own_environment:Nothing"):
@@ -147,7 +147,7 @@ class Structured:
 
 def test_dictionaries_tuples_and_several_discrete_actions():
     """Observations are flattened in the order of jax.tree.leaves; choices are taken modulo their number."""
-    trials = envs.Trials((Structured(),), 6, projection="none", sysid=False, privileged=False)
+    trials = envs.Trials((Structured(),), 6, projection="none", privileged=False)
     assert (trials.action_dims, trials.num_bins, trials.obs_size) == (2, 3, 7)
     state, observation = trials.reset(jax.random.PRNGKey(0))
     symlog = jnp.log1p(jnp.array([1.0, 2.0, 3.0, 4.0, 1.0, 0.0, 0.0]))
@@ -169,7 +169,7 @@ def test_spaces_that_cannot_work_are_named(spaces, message):
     for name, space in spaces.items():
         setattr(env, name, lambda params, space=space: space)
     with pytest.raises(ValueError, match=message) as error:
-        envs.Trials((env,), 2, projection="none", sysid=False)
+        envs.Trials((env,), 2, projection="none")
     assert "\n" not in str(error.value)
 
 
@@ -248,7 +248,7 @@ def test_adapters_tell_the_end_of_a_task_from_the_end_of_its_time(name, monkeypa
     """With a stand-in for each library: CI has none of them."""
     for module, stand_in in Library().modules().items():
         monkeypatch.setitem(sys.modules, module, stand_in)
-    trials = envs.Trials((f"adapters:{name}",), 2, projection="none", sysid=False, privileged=False)
+    trials = envs.Trials((f"adapters:{name}",), 2, projection="none", privileged=False)
     assert trials.max_episode_steps == 4 and trials.obs_size in (3, 22, 26)
     state, observation = trials.reset(jax.random.PRNGKey(0), stagger=False)
     stop = trials.num_bins - 1
@@ -267,7 +267,7 @@ def test_adapters_tell_the_end_of_a_task_from_the_end_of_its_time(name, monkeypa
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_adapters_fit_their_libraries(name):
     pytest.importorskip(ADAPTERS[name])
-    trials = envs.Trials((f"adapters:{name}",), 2, projection="none", sysid=False, privileged=False)
+    trials = envs.Trials((f"adapters:{name}",), 2, projection="none", privileged=False)
     state, observation = jax.eval_shape(trials.reset, jax.random.PRNGKey(0))
     action = jnp.zeros((2, trials.action_dims), jnp.int32)
     new, *_ = jax.eval_shape(trials.step, state, action)

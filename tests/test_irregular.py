@@ -16,7 +16,7 @@ import train_lstm
 import train_s5
 
 KEY = jax.random.PRNGKey(0)
-PLAIN = dict(projection="none", sysid=False, privileged=False)
+PLAIN = dict(projection="none", privileged=False)
 
 
 def rollout(trials, steps, key=KEY):

@@ -330,9 +330,9 @@ def test_seeds_side_by_side_train_as_if_alone():
 
 # ---- Runs ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("trainer,changes", [
-    # more than ten seconds: physics, system identification and both networks are compiled
+    # more than ten seconds: physics, system identification and S5 are compiled
     (train_s5, dict(env=("cartpole-swingup", "point_mass-easy"), num_envs=4, episodes_per_trial=2,
-                    projection="orthogonal", dtype="bfloat16")),
+                    projection="orthogonal", memory="s5", sysid=True, dtype="bfloat16")),
     (train_s5, MEMORY_CHAIN),
     (train_lstm, dict(env=("Pendulum-v1",), dtype="bfloat16", reset="step"))])
 def test_trains_and_stays_finite(trainer, changes):

@@ -23,7 +23,7 @@ TASK, STEPS, TRIALS = "reacher-easy", 60, 3
 
 @pytest.fixture(scope="module")
 def agent(tmp_path_factory):
-    return evaluate.load(make_run(tmp_path_factory.mktemp("runs") / "s5", env=(TASK,)))
+    return evaluate.load(make_run(tmp_path_factory.mktemp("runs") / "s5", env=(TASK,), memory="s5", sysid=True))
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ NOTEBOOK = "module://no_such_notebook.backend"  # MPLBACKEND of a notebook that 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return make_run(tmp_path_factory.mktemp("runs") / "s5", seeds=(0, 1))
+    return make_run(tmp_path_factory.mktemp("runs") / "s5", seeds=(0, 1), memory="s5", sysid=True)
 
 
 @pytest.fixture(scope="module")

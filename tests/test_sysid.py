@@ -139,7 +139,7 @@ def test_a_diverged_step_leaves_no_trace():
 
 def test_which_discrete_action_pushes_which_way():
     """A push to the right moves the cart right and the pole left, however all three are observed."""
-    trials = envs.Trials(["popgym:StatelessCartPoleEasy"], 16, projection="orthogonal", obs_size=4,
+    trials = envs.Trials(["popgym:StatelessCartPoleEasy"], 16, projection="orthogonal", obs_size=4, sysid=True,
                          episodes_per_trial=100, observe_change=False, privileged=False)
     assert trials.discrete
     out = rollout(trials, 120)

@@ -149,10 +149,10 @@ class Case(NamedTuple):
 
 CASES = {
     "two DMControl tasks": Case(
-        ("pendulum-swingup", "point_mass-hard"), 30, 13, dict(action_repeat=2, episodes_per_trial=2)),
+        ("pendulum-swingup", "point_mass-hard"), 30, 13, dict(action_repeat=2, episodes_per_trial=2, sysid=True)),
     "CartPole with permuted actions": Case(
-        ("CartPole-v1",), 45, 500, dict(action_repeat=3, episodes_per_trial=2, obs_size=5)),
-    "Pendulum, torques in [-2, 2]": Case(("Pendulum-v1",), 25, 10, dict(projection="none", sysid=False)),
+        ("CartPole-v1",), 45, 500, dict(action_repeat=3, episodes_per_trial=2, obs_size=5, sysid=True)),
+    "Pendulum, torques in [-2, 2]": Case(("Pendulum-v1",), 25, 10, dict(projection="none")),
 }
 
 
@@ -324,7 +324,7 @@ def test_divergence_never_reaches_the_learner(poison):
 
 def test_a_diverged_step_leaves_no_trace_inside_a_trial():
     """Whatever the environment: reward and action are 0, and system identification leaves the step out."""
-    trials = envs.Trials([Clock(poison_at=3)], 16, projection="orthogonal", episodes_per_trial=4)
+    trials = envs.Trials([Clock(poison_at=3)], 16, projection="orthogonal", episodes_per_trial=4, sysid=True)
     out = rollout(trials, 10)
     diverged, context = out.transition.diverged, out.after.context
     begun = out.state.env[0].start[0, :, 0] > 0.5  # it diverges in its first episode
@@ -349,7 +349,7 @@ def test_training_tasks_under_seeds_and_scan():
 
     It takes more than ten seconds because the physics of six models is compiled.
     """
-    trials = envs.Trials(envs.TRAIN_TASKS, 12, env_kwargs={"max_steps_in_episode": 12})
+    trials = envs.Trials(envs.TRAIN_TASKS, 12, sysid=True, env_kwargs={"max_steps_in_episode": 12})
 
     def run(key):
         def step(state, t):
