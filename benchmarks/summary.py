@@ -3,9 +3,8 @@
     python benchmarks/summary.py    # writes results/summary.png, memories.png and parts.png
 
 summary.png, of the README: mean return of the six projected tasks during training; return of agents on
-MemoryChain by episode length. memories.png: memories with and without sysid during training; reward within
-a trial of the agent with the vector memory. parts.png: what each part is worth. The paper's values were read
-off its plots.
+MemoryChain by episode length. memories.png: memories with and without sysid during training; reward of the
+default agent within a trial. parts.png: what each part is worth. The paper's values were read off its plots.
 """
 
 import numpy as np
@@ -29,12 +28,14 @@ from common import (  # first: it finds the project
 import envs
 
 MEMORIES = (  # log of a run, colour, line, label
-    ("gpu/s5/metrics.csv", "tab:blue", "-", "S5, sysid, H200 (three seeds)"),
-    ("gpu/none/metrics.csv", "tab:gray", "-", "no memory, sysid, H200 (three seeds)"),
-    ("gpu/vectors/metrics.csv", "tab:purple", ":", "vectors and S5, no sysid, H200 (three seeds)"),
-    ("vector/metrics.csv", "magenta", ":", "vectors, no sysid, CPU (three seeds)"),
-    ("vector/lstm_no_sysid.csv", "tab:orange", ":", "LSTM, no sysid, CPU (three seeds)"),
-    ("gpu/plain64/metrics.csv", "navy", ":", "S5, no sysid, raw state hidden, H200 (one)"))
+    ("gpu/vector_memory/metrics.csv", "tab:purple", "-", "vectors, H200 (three seeds)"),
+    ("default/metrics.csv", "magenta", "-", "vectors, CPU (three seeds)"),
+    ("s5/metrics.csv", "tab:blue", "-", "S5, CPU (three seeds)"),
+    ("lstm/metrics.csv", "tab:orange", "-", "LSTM, CPU (three seeds)"),
+    ("none/metrics.csv", "tab:gray", "-", "no memory, CPU (three seeds)"),
+    ("gpu/plain64/metrics.csv", "navy", "-", "S5, raw state hidden, H200 (one)"),
+    ("gpu/s5/metrics.csv", "tab:blue", ":", "S5, sysid, H200 (three seeds)"),
+    ("gpu/none/metrics.csv", "black", ":", "no memory, sysid, H200 (three seeds)"))
 
 
 def run(schedule: int) -> list[np.ndarray]:
@@ -66,33 +67,31 @@ def plot_paper(axis) -> None:
 def plot_training(axis) -> None:
     """Mean return of the six tasks against environment steps."""
     plot_paper(axis)
-    axis.plot(*run(300), color=COLOURS["S5"], label="ours, two CPU cores (one seed)", **OURS)
-    axis.plot(*run(500), color="navy", label="ours, one H200 (one seed)", **OURS | {"marker": "s"})
+    for log, colour, label in (
+            ("default/metrics.csv", "magenta", "ours, default command, CPU (three seeds)"),
+            ("gpu/vector_memory/metrics.csv", "tab:purple", "ours, the same network, one H200 (three seeds)"),
+            ("gpu/vector64/metrics.csv", "black", "ours, width 256, one H200 (one seed)")):
+        axis.plot(*metrics(log), color=colour, linewidth=1.8, label=label)
+    axis.plot(*run(500), color="navy", label="ours, S5, sysid, width 256, one H200 (one)", **OURS | {"marker": "s"})
     axis.plot(*metrics("gpu/plain64/metrics.csv"), color="navy", linestyle=":", linewidth=1.8,
-              label="ours, no additions, one H200 (one seed)")
-    axis.plot(*metrics("gpu/vectors/metrics.csv"), color="tab:purple", linewidth=1.8,
-              label="ours, vector memory and S5, no sysid, one H200 (three seeds)")
-    default = next(row for row in read_csv(RESULTS / "training.csv") if row["run"] == "default 20 million")
-    mean, low, high = (float(default[name]) for name in ("return", "low", "high"))
-    axis.errorbar(20, mean, [[mean - low], [high - mean]], color="black", fmt="D", markersize=5, capsize=3,
-                  zorder=5, label="ours, default command, CPU (three seeds)")
+              label="ours, S5, raw state hidden, one H200 (one seed)")
     axis.set_title("Six randomly projected tasks, training")
     add_legend(axis)
 
 
 def plot_memories(axis) -> None:
-    """Mean return of the six tasks during training: memories with sysid (solid) and without (dotted)."""
+    """Mean return of the six tasks during training: memories without sysid (solid) and with (dotted)."""
     plot_paper(axis)
     for log, colour, line, label in MEMORIES:
         axis.plot(*metrics(log), color=colour, linestyle=line, linewidth=1.8, label=label)
-    axis.set_title("With and without sysid, training")
+    axis.set_title("Memories without and with sysid, training")
     add_legend(axis)
 
 
 def plot_trial(axis) -> None:
-    """Reward against time since the trial began, mean of the six tasks: vectors on fresh projections."""
-    rows = [row for row in read_csv(RESULTS / "vector/curves.csv") if row["task"] in envs.TRAIN_TASKS]
-    for policy, label in (("memory", "vectors, no sysid"), ("reset", "hidden state reset in every step"),
+    """Reward against time since the trial began, mean of the six tasks on fresh projections."""
+    rows = [row for row in read_csv(RESULTS / "default/curves.csv") if row["task"] in envs.TRAIN_TASKS]
+    for policy, label in (("memory", "default agent"), ("reset", "hidden state reset in every step"),
                           ("blind", "observations hidden"), ("random", "random actions")):
         steps, means = numbers([row for row in rows if row["policy"] == policy], "from_step", "mean")
         axis.plot(*np.array([(step, means[steps == step].mean()) for step in np.unique(steps)]).T, label=label)
@@ -126,7 +125,7 @@ def plot_parts(axis) -> None:
     axis.set_yticks(range(len(rows)), [row["variant"] for row in rows])
     axis.invert_yaxis()
     axis.set(xlim=(0, 450), xlabel="mean return of six tasks, 95 % t interval over seeds",
-             title="Six tasks, 5 million steps, sysid unless named")
+             title="Six tasks, 5 million steps")
 
 
 def main() -> None:

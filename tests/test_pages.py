@@ -195,13 +195,14 @@ def reproduced(name: str, digits: int, **wanted: str) -> dict[str, str]:
 def test_every_number_of_the_results_table_is_in_its_csv_file():
     expected = {  # (task, agent) in the README: the row of a CSV file
         ("six DMControl", "default"): trained("default 20 million"),
-        ("six DMControl", "vectors, no sysid"): trained("vector memory without sysid 20 million"),
-        ("six DMControl", "S5, sysid, H200"): trained("S5 100 million GPU"),
-        ("six DMControl", "vectors, S5, no sysid, H200"): trained("vector memory without sysid 100 million GPU"),
-        ("six DMControl", "default, H200"): reproduced(
+        ("six DMControl", "LSTM"): trained("LSTM 20 million"),
+        ("six DMControl", "no memory"): trained("no memory 20 million"),
+        ("six DMControl", "S5, sysid"): trained("S5 with sysid 20 million"),
+        ("six DMControl", "default, H200"): trained("default 100 million GPU"),
+        ("six DMControl", "S5, sysid, H200"): reproduced(
             "dmcontrol", 0, memory="S5", at="mean of the six, 500 of 500 million"),
         ("MemoryChain (bsuite), 1024", "S5"): reproduced("memory", 2, memory="S5", at="1024"),
-        ("projected CartPole", "S5 with sysid"): reproduced(
+        ("projected CartPole", "S5, sysid"): reproduced(
             "metacart", 2, memory="S5", at="episodes 13 to 16"),
     }
     [table] = [table for table in tables(read("README.md")) if table[0][0] == "task"]
@@ -214,12 +215,16 @@ def test_every_number_of_the_results_table_is_in_its_csv_file():
 
 @pytest.mark.parametrize("run, log", [
     ("default 20 million", "default/metrics.csv"),
-    ("vector memory without sysid 20 million", "vector/metrics.csv"),
-    ("LSTM without sysid 20 million", "vector/lstm_no_sysid.csv"),
-    ("S5 100 million GPU", "gpu/s5/metrics.csv"),
+    ("S5 20 million", "s5/metrics.csv"),
+    ("LSTM 20 million", "lstm/metrics.csv"),
+    ("no memory 20 million", "none/metrics.csv"),
+    ("S5 with sysid 20 million", "sysid/metrics.csv"),
+    ("default 100 million GPU", "gpu/vector_memory/metrics.csv"),
+    ("S5 with sysid 100 million GPU", "gpu/s5/metrics.csv"),
     ("sysid without memory 100 million GPU", "gpu/none/metrics.csv"),
-    ("vector memory without sysid 100 million GPU", "gpu/vectors/metrics.csv"),
-    ("default 300 million GPU", "gpu/default64/metrics.csv"),
+    ("default 283 million GPU", "gpu/vector64/metrics.csv"),
+    ("sysid without memory 252 million GPU", "gpu/none64/metrics.csv"),
+    ("S5 with sysid 300 million GPU", "gpu/s5_64/metrics.csv"),
     ("paper's agent 300 million GPU", "gpu/plain64/metrics.csv")])
 def test_the_return_of_a_run_is_the_mean_over_the_last_tenth_of_its_log(run, log):
     rows = rows_of(log)
