@@ -92,14 +92,14 @@ class VectorMemory(nn.Module):
         return self(hidden, x, reset, context, projected, change)
 
 
-def memory_of(config: MemoryConfig) -> str:
+def memory_of(config: "Config") -> str:
     """The kind of memory that `config` stands for, "s5" or "vector"."""
     kwargs = make_trial_kwargs(config)
     suited = envs.is_random(kwargs["projection"]) and len(kwargs["action_repeat"]) == 1
     return config.memory.replace("auto", "vector" if suited else "s5")
 
 
-def make_memory(config: MemoryConfig, trials: envs.Trials | None = None) -> nn.Module:
+def make_memory(config: "Config", trials: envs.Trials | None = None) -> nn.Module:
     """The agent's memory. Any flax module with the three methods of `Memory` can take its place."""
     if memory_of(config) == "s5":
         return Memory(features=config.width, state_size=config.state_size, layers=config.layers,

@@ -31,8 +31,9 @@ observations by their reward). Inner products are taken in J metrics: the plain 
 second moment, in which every invertible projection preserves them. Each u_q has length 1 in each metric, and
 x_t is in units of its root mean square. The logarithms of these units and of the number of steps enter y too.
 
-W and the metrics are computed in every `stride`-th step, counted from `zero_state`, and held in between: a
-sequence must begin at such a step. A reset clears them too, so up to stride - 1 steps after it have y = 0.
+W and the metrics are computed in every `stride`-th step, counted from `zero_state`, and held in between. A
+sequence must begin at a step that computes them. A reset clears W and the metrics too, and y is 0 until they
+are computed again: for up to stride - 1 steps.
 """
 from functools import partial
 from typing import Any, NamedTuple
