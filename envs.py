@@ -209,6 +209,8 @@ def action_space(space: Any) -> ActionSpace:
     """Reads one or more discrete choices, or a bounded array. ValueError if it is something else."""
     shape = tuple(getattr(space, "shape", None) or ())
     choices = getattr(space, "nvec", None)  # of a MultiDiscrete space
+    if choices is not None:
+        shape = np.shape(choices)
     if choices is None:
         choices = np.full(shape, 2) if shape and hasattr(space, "n") else getattr(space, "n", ())
     choices = np.ravel(choices)

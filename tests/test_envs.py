@@ -201,10 +201,12 @@ def test_bins_stand_for_values_that_are_denser_around_zero():
     np.testing.assert_allclose(torque, 2 * VALUES.clip(-1, 1))  # in [-2, 2]
 
 
-def test_several_discrete_choices_are_one_action():
+@pytest.mark.parametrize("space", [SimpleNamespace(shape=(2,), nvec=np.array([2, 3])), SimpleNamespace(nvec=[2, 3])],
+                         ids=("with its shape", "without"))
+def test_several_discrete_choices_are_one_action(space):
     class Choices(Clock):
         def action_space(self, params):
-            return SimpleNamespace(shape=(2,), nvec=np.array([2, 3]))
+            return space
 
         def observation_space(self, params):
             return {"time": SimpleNamespace(n=4), "arrays": (SimpleNamespace(shape=(1, 2)),)}
