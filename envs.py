@@ -764,8 +764,12 @@ class Trials:
 
     def flat_obs(self, i, obs):
         """Observations of task i as float32 (n, largest obs_dim), zero-padded."""
+        leaves, spaces = jax.tree.leaves(obs), self.obs_parts[i]
+        if len(leaves) != len(spaces):
+            raise ValueError(f"{self.tasks[i]} gives observations of {len(leaves)} arrays, its space says "
+                             f"{len(spaces)}: {', '.join(map(str, spaces))}")
         parts = [jax.nn.one_hot(x - getattr(part, "start", 0), part.n) if is_discrete(part) else x
-                 for x, part in zip(jax.tree.leaves(obs), self.obs_parts[i], strict=True)]
+                 for x, part in zip(leaves, spaces)]
         flat = jnp.concatenate([x.reshape(len(x), -1).astype(jnp.float32) for x in parts], -1)
         if flat.shape[1] != self.obs_dims[i]:
             raise ValueError(f"{self.tasks[i]} gives observations of {flat.shape[1]} numbers, its space says "

@@ -226,6 +226,19 @@ def test_an_observation_that_is_not_as_its_space_says_is_refused(size):
         trials.reset(KEY)
 
 
+def test_an_observation_of_another_number_of_arrays_than_its_space_is_refused():
+    class Liar(Clock):
+        def observation_space(self, params):
+            return {"time": SimpleNamespace(shape=(3,))}
+
+        def reset_env(self, key, params):
+            return {"time": jnp.zeros(3), "forgotten": jnp.zeros(2)}, super().reset_env(key, params)[1]
+
+    trials = envs.Trials([Liar()], 2, projection="none", **PLAIN)
+    with pytest.raises(ValueError, match=r"observations of 2 arrays, its space says 1: namespace\(shape=\(3,\)\)"):
+        trials.reset(KEY)
+
+
 def test_discrete_spaces_may_start_anywhere():
     """As gymnasium's Discrete(3, start=-1): both the observation and the action."""
     class Shifted(Clock):
