@@ -238,12 +238,17 @@ def summarise(this: Run) -> None:
         return
     print("mean returns over the last tenth of training:")
     for task, score in zip(this.config.env, scores.T):
-        print(f"  {task:24s} return {score.mean():8.2f}{seeds_text(score)}")
+        print(f"  {task:24s} return {score_text(score.mean()):>8s}{seeds_text(score)}")
 
 
 def seeds_text(scores: np.ndarray) -> str:
     """Returns the scores of several seeds as a text."""
-    return f"   seeds: {' '.join(f'{x:.2f}' for x in scores)}" if len(scores) > 1 else ""
+    return f"   seeds: {' '.join(map(score_text, scores))}" if len(scores) > 1 else ""
+
+
+def score_text(score: float) -> str:
+    """Returns a score with two digits; "-" for NaN: the agent failed, or no whole episode ended."""
+    return "-" if math.isnan(score) else f"{score:.2f}"
 
 
 def panels(lines: int, columns: int, width: float, height: float) -> tuple[Any, np.ndarray]:
@@ -314,7 +319,7 @@ def write_sweep(this: Run, scores: np.ndarray) -> None:
     print("\nsettings, best first, with mean returns over the last tenth of training:")
     for i in order:
         bracket = "" if np.isnan(low[i]) else f"  [{low[i]:.2f}, {high[i]:.2f}]"
-        print(f"  {labels[i]:30s} {mean[i]:9.2f}{bracket}{seeds_text(scores[i])}")
+        print(f"  {labels[i]:30s} {score_text(mean[i]):>9s}{bracket}{seeds_text(scores[i])}")
     print(RANKING.format(settings=len(settings), seeds=seeds))
     plot_sweep(this, [labels[i] for i in order], scores[order], low[order], high[order])
 

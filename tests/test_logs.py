@@ -135,6 +135,12 @@ def test_the_bar_has_no_nan(tmp_path, capsys, no_figures):
     assert "nan" not in captured.err and "128/128" in captured.err and "walk -" in captured.err
 
 
+def test_a_task_of_which_no_episode_ended_has_a_dash_at_the_end(tmp_path, capsys, no_figures):
+    train(tmp_path / "run", toy.Config(env=("walk",), log_every=1, total_timesteps=32))
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["walk"]]
+    assert line.split() == ["walk", "return", "-", "seeds:", "-", "-"]
+
+
 def test_every_seed_is_listed(tmp_path, capsys, no_figures):
     train(tmp_path / "run")
     config, options = experiment.read_run(tmp_path / "run", toy.Config)
