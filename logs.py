@@ -283,7 +283,7 @@ def plot_training(this: Run) -> None:
         axis.set(title=task, xlabel=xlabel, ylabel="episode return")
     if seeds > 1:
         figure.suptitle(f"line: mean of {seeds} seeds;{' ' if len(tasks) > 1 else chr(10)}"
-                        "band: from the lowest to the highest seed")
+                        "band: from the lowest to the highest seed", fontsize=9)  # fits one panel
     if len(settings) > 1:
         handles = axes.flat[0].get_legend_handles_labels()
         figure.legend(*handles, loc="outside lower center", ncols=min(len(settings), len(tasks), 3))

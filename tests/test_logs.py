@@ -173,6 +173,21 @@ def test_returns_have_a_line_for_each_setting(tmp_path, monkeypatch):
             np.testing.assert_allclose(line.get_ydata(), mean)
 
 
+def test_the_title_of_a_single_panel_is_not_cut_off(tmp_path, monkeypatch):
+    figures = []
+
+    def panels(*args, original=logs.panels):
+        figures.append(original(*args))
+        return figures[-1]
+
+    monkeypatch.setattr(logs, "panels", panels)
+    train(tmp_path / "run", toy.Config(env=("walk",)))
+    [(figure, _)] = figures
+    figure.draw_without_rendering()
+    title = figure.texts[0].get_window_extent()
+    assert title.x0 >= 0 and title.x1 <= figure.bbox.width
+
+
 def test_the_backend_of_a_notebook_does_not_break_figures(tmp_path, monkeypatch):
     """matplotlib refuses to be imported where that backend is not installed."""
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
