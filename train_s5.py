@@ -9,7 +9,8 @@
 From Python, a whole run is one pure function:
 
     train = make_train(Config(env=("CartPole-v1",), num_envs=32, total_timesteps=200_000))
-    out = jax.jit(jax.vmap(train))(jax.vmap(jax.random.PRNGKey)(jnp.arange(4)))
+    keys = jax.vmap(jax.random.PRNGKey)(jnp.arange(4))
+    out = jax.jit(lambda keys: jax.lax.map(train, keys))(keys)  # on a GPU: jax.jit(jax.vmap(train))(keys)
 
 To copy: s5.py and envs.py suffice for gymnax environments and your own. Random projections need vector_s5.py,
 DMControl dmc.py and physics.py, --sysid sysid.py, run folders experiment.py and its imports.
