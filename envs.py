@@ -18,6 +18,7 @@ are one file, because a trainer is copied together with all of them.
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import importlib
@@ -164,11 +165,10 @@ def names() -> list[str]:
     """The names of all environments whose packages are installed."""
     found = []
     for family in FAMILIES:
-        try:
-            prefix = f"{family}:" if family in ("popgym", "brax") else ""
+        prefix = f"{family}:" if family in ("popgym", "brax") else ""
+        # MJX, which brax imports, prints to stdout that it finds no warp
+        with contextlib.suppress(ImportError), contextlib.redirect_stdout(sys.stderr):
             found += [prefix + task for task in _constructors(family)]
-        except ImportError:
-            pass
     return found
 
 

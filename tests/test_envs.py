@@ -95,6 +95,13 @@ def test_names_lists_everything_that_can_be_trained():
     assert all(name in str(error.value) for name in names)
 
 
+def test_the_libraries_add_nothing_to_the_list_of_names():
+    """In a process of its own: a library prints when it is imported first."""
+    code = "import envs; print(*envs.names(), sep='\\n')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == envs.names()
+
+
 class Needy(Clock):
     def __init__(self, size):
         super().__init__()
