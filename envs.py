@@ -211,7 +211,7 @@ def action_space(space: Any) -> ActionSpace:
     choices = getattr(space, "nvec", None)  # of a MultiDiscrete space
     if choices is not None:
         shape = np.shape(choices)
-    if choices is None:
+    else:
         choices = np.full(shape, 2) if shape and hasattr(space, "n") else getattr(space, "n", ())
     choices = np.ravel(choices)
     first = np.broadcast_to(np.ravel(getattr(space, "start", 0)), choices.shape)
