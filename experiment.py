@@ -295,11 +295,12 @@ def prepare(make_train: Callable, this: Run, mesh: Any) -> tuple[int, Any, Calla
     """
     try:
         program = devices.make_program(make_train, this.config, mesh, len(agents_of(*this[:2])))
-    except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
+    except (TypeError, AttributeError, LookupError, ArithmeticError, AssertionError) as error:
         if not getattr(this.config, "env_kwargs", ()):
             raise
         kwargs = " ".join(this.config.env_kwargs)
-        raise ValueError(f"--env-kwargs {kwargs} do not fit the environment: {error}") from None
+        raise ValueError(f"--env-kwargs {kwargs} do not fit the environment: "
+                         f"{str(error) or type(error).__name__}") from None
     with ThreadPoolExecutor() as pool:
         compiling = pool.submit(program.compile)
         update, runner = pool.submit(first_runner, this, program).result()

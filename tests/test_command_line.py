@@ -174,7 +174,8 @@ def test_what_a_user_can_mend_is_one_sentence(error, message, monkeypatch, capsy
     assert message in refusal(monkeypatch, capsys)
 
 
-@pytest.mark.parametrize("error", [TypeError, AttributeError, IndexError, KeyError, ZeroDivisionError])
+@pytest.mark.parametrize("error", [
+    TypeError, AttributeError, IndexError, KeyError, ZeroDivisionError, AssertionError])
 @pytest.mark.parametrize("kwargs", [(), ("speed=1",)])
 def test_arguments_that_do_not_fit_the_environment(kwargs, error, tmp_path):
     """Most errors are a sentence if env_kwargs were given, else they are a bug."""
