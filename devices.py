@@ -39,7 +39,8 @@ def start(patience: float = 120.0) -> None:
     coordinator, num_processes, process_id = read_processes(os.environ)
     if num_processes > 1 and not jax.distributed.is_initialized():
         roll_call(coordinator, num_processes, process_id, patience)
-        jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
+        # else JAX would swallow a SIGTERM that comes before experiment.Signals handles it
+        jax.config.update("jax_enable_preemption_service", False)
         # the others end after so many seconds without the heartbeat of one that is gone
         jax.distributed.initialize(
             coordinator, num_processes, process_id, heartbeat_timeout_seconds=30)

@@ -90,6 +90,23 @@ def test_processes_find_each_other_or_all_say_who_is_missing(processes, sentence
         assert isinstance(stranger.exception(), (OSError, type(None)))
 
 
+def test_jax_does_not_swallow_a_signal_before_the_run_handles_it(monkeypatch):
+    """Its preemption service, on by default, only logs a SIGTERM."""
+    services = []
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:9")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    monkeypatch.setenv("JAX_PROCESS_ID", "1")
+    monkeypatch.setattr(devices, "roll_call", lambda *_: None)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: services.append(
+        jax.config.jax_enable_preemption_service))
+    before = jax.config.jax_enable_preemption_service
+    try:
+        devices.start()
+    finally:
+        jax.config.update("jax_enable_preemption_service", before)
+    assert services == [False]
+
+
 def test_cores_are_counted_by_affinity(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
     assert devices.num_cores() == 1
