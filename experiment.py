@@ -145,15 +145,15 @@ def parse_flags(config_class: type, description: str = "", args: list[str] | Non
 
 
 def resumed_folder(args: list[str]) -> str:
-    """Returns the value of --resume, "" without the flag. ValueError if it is blank."""
+    """Returns the last value of --resume, "" without the flag. ValueError if it is blank."""
+    folder = ""
     for flag, following in zip(args, [*args[1:], ""]):
         name, equals, value = flag.partition("=")
         if name == "--resume":
-            value = (value if equals else following).strip()
-            if not value:
+            folder = (value if equals else following).strip()
+            if not folder:
                 raise ValueError("--resume needs a run folder")
-            return value
-    return ""
+    return folder
 
 
 def parse_resumed(config_class: type, folder: str, description: str = "",

@@ -85,6 +85,7 @@ def test_invalid_flags_are_explained_by_tyro(flags, message, tmp_path, monkeypat
     (["--env", "walk", "walk"], "given twice"),
     (["--resume", " "], "--resume needs a run folder"), (["--resume="], "--resume needs a run folder"),
     (["--resume", "nowhere"], "nowhere is not a run folder"), (["--devices", "99"], "devices=99"),
+    (["--resume", "old", "--resume=nowhere"], "nowhere is not a run folder"),
     (["--resume", "old", "--lr", "1"], "not written by this version")])
 def test_what_cannot_be_run_is_one_sentence_and_exit_status_2(
         flags, message, tmp_path, monkeypatch, capsys):
