@@ -180,9 +180,11 @@ class Agent:
         trial_end = end & (episode >= trials.episodes_per_trial) if trial_end is None else trial_end
         trial_end, no = jnp.asarray(trial_end, bool), jnp.zeros_like(end)
         last = obs if final_obs is None else envs.select(end, self._flat(final_obs), obs)
+        reward = jnp.asarray(reward, jnp.float32)
+        sound = envs.is_sound(last) & jnp.isfinite(reward)  # else NaN would stay in the hidden state
         transition = envs.Transition(
-            reward=jnp.asarray(reward, jnp.float32), terminated=end, truncated=no,
-            trial_end=trial_end, diverged=end if final_obs is None else no, episode_return=None,
+            reward=jnp.where(sound, reward, 0.0), terminated=end, truncated=no, trial_end=trial_end,
+            diverged=~sound | (end if final_obs is None else no), episode_return=None,
             whole_episode=None, dt=dt)
         own_action = trials.observed_action(action.bins)
         sysid, features = trials.identify(state, own_action, last, transition, inputs.step)
