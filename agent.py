@@ -24,7 +24,6 @@ the sum of their rewards. examples/act.py is a whole program, with dm_control it
 """
 
 import csv
-import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -215,7 +214,7 @@ class Agent:
     def choose(self, setting: Mapping[str, float], seed: int | None) -> None:
         """Keeps the seeds of one setting, by default of the best in sweep.csv, or one of them."""
         def matches(found, wanted):
-            return all(f"{found.get(name, math.nan):g}" == f"{value:g}" for name, value in wanted.items())
+            return all(name in found and f"{found[name]:g}" == f"{value:g}" for name, value in wanted.items())
 
         settings, folder = self.settings, self.folder
         known = "; ".join(dict.fromkeys(map(run_folder.name_of, settings)))

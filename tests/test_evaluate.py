@@ -268,6 +268,7 @@ def test_refusals(run, gym_run, tmp_path, monkeypatch, capsys):
     assert "finger-spin" in refusal(run, "--replay", "finger-spine")
     assert "DMControl tasks" in refusal(run, "--tasks", "CartPole-v1")
     assert "seeds: 0, 1" in refusal(run, "--seed", "7")
+    assert "holds no such agent" in refusal(run, "--setting", "lr=nan")
     for setting in ("lr", "lr=fast", "=", str(run)):
         assert "expected NAME=NUMBER" in refusal(run, "--setting", setting)
     small = make_run(tmp_path / "small", obs_size=6)
