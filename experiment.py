@@ -298,8 +298,7 @@ def prepare(make_train: Callable, this: Run, mesh: Any) -> tuple[int, Any, Calla
     except (TypeError, AttributeError, LookupError, ArithmeticError, AssertionError) as error:
         if not getattr(this.config, "env_kwargs", ()):
             raise
-        kwargs = " ".join(this.config.env_kwargs)
-        raise ValueError(f"--env-kwargs {kwargs} do not fit the environment: "
+        raise ValueError(f"--env-kwargs {' '.join(this.config.env_kwargs)} do not fit the environment: "
                          f"{str(error) or type(error).__name__}") from None
     with ThreadPoolExecutor() as pool:
         compiling = pool.submit(program.compile)
