@@ -513,8 +513,8 @@ def make_train(config: Config, make_memory: Callable = make_memory, axis: str | 
             order = jax.vmap(lambda k: jax.random.permutation(k, M))(trials.split(key)[::M])
             return (jnp.arange(0, N, M)[:, None] + order).T
 
-        index = jnp.concatenate([shuffle(k) for k in jax.random.split(key, config.update_epochs)])
-        carry, metrics = jax.lax.scan(gradient_step, (params, opt_state), index)
+        index = jax.vmap(shuffle)(jax.random.split(key, config.update_epochs))  # (epochs, M, N / M)
+        carry, metrics = jax.lax.scan(gradient_step, (params, opt_state), index.reshape(-1, index.shape[-1]))
         return *carry, jax.tree.map(jnp.mean, metrics)
 
     def update(runner):
