@@ -30,6 +30,7 @@ import envs
 MEMORIES = (  # log of a run, colour, line, label
     ("gpu/vector_memory/metrics.csv", "tab:purple", "-", "vectors, H200 (three seeds)"),
     ("default/metrics.csv", "magenta", "-", "vectors, CPU (three seeds)"),
+    ("no_privileged_critic/metrics.csv", "magenta", "--", "vectors, raw state hidden, CPU (three seeds)"),
     ("s5/metrics.csv", "tab:blue", "-", "S5, CPU (three seeds)"),
     ("lstm/metrics.csv", "tab:orange", "-", "LSTM, CPU (three seeds)"),
     ("none/metrics.csv", "tab:gray", "-", "no memory, CPU (three seeds)"),

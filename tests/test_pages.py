@@ -195,9 +195,9 @@ def reproduced(name: str, digits: int, **wanted: str) -> dict[str, str]:
 def test_every_number_of_the_results_table_is_in_its_csv_file():
     expected = {  # (task, agent) in the README: the row of a CSV file
         ("six DMControl", "default"): trained("default 20 million"),
+        ("six DMControl", "raw state hidden"): trained("default without privileged critic 20 million"),
         ("six DMControl", "LSTM"): trained("LSTM 20 million"),
         ("six DMControl", "no memory"): trained("no memory 20 million"),
-        ("six DMControl", "S5, sysid"): trained("S5 with sysid 20 million"),
         ("six DMControl", "default, H200"): trained("default 100 million GPU"),
         ("six DMControl", "S5, sysid, H200"): reproduced(
             "dmcontrol", 0, memory="S5", at="mean of the six, 500 of 500 million"),
@@ -215,6 +215,7 @@ def test_every_number_of_the_results_table_is_in_its_csv_file():
 
 @pytest.mark.parametrize("run, log", [
     ("default 20 million", "default/metrics.csv"),
+    ("default without privileged critic 20 million", "no_privileged_critic/metrics.csv"),
     ("S5 20 million", "s5/metrics.csv"),
     ("LSTM 20 million", "lstm/metrics.csv"),
     ("no memory 20 million", "none/metrics.csv"),
