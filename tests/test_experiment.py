@@ -209,6 +209,14 @@ def test_sigkill_and_resume_are_bit_identical(tmp_path):
 
 
 # ---- Runs that end early -------------------------------------------------------------------------
+@pytest.fixture(autouse=True)
+def heed_ctrl_c():
+    """What a script runs in the background ignores Ctrl-C, and so does what that starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_a_run_that_skips_most_updates_stops(tmp_path):
     with pytest.raises(FloatingPointError, match="lower --lr"):
         train(tmp_path / "run", toy.Config(lr=1e38))
@@ -226,7 +234,6 @@ def test_a_signal_saves_first(
         if update == 6:
             signal.raise_signal(number)
 
-    heed_ctrl_c()
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     with monkeypatch.context() as patch, pytest.raises(error) as stop:
         patch.setattr(logs.Logs, "add", add)
@@ -246,12 +253,7 @@ def started(script, *flags, **variables):
     """A trainer as a process, on one device."""
     env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"} | variables
     return subprocess.Popen([sys.executable, str(ROOT / script), *flags], env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed_ctrl_c)
-
-
-def heed_ctrl_c():
-    """Ctrl-C is ignored by what a script runs in the background."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def wait_until(process, condition):
