@@ -146,6 +146,8 @@ class Agent:
                 trial_end: Any = None, final_obs: Any = None, lasted: Any = None) -> Inputs:
         """The Inputs after a step, equal to those of training (envs.Trials.step).
 
+        Where an observation or reward is NaN or too large, the agent observes zeros instead.
+
         Args:
           inputs, action: what was acted on, and the action, an Action as `act` returned it.
           reward: (N,), summed where an action is held for several environment steps.

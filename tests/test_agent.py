@@ -84,26 +84,27 @@ def test_an_agent_acts_on_the_inputs_of_training(kind, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def identifying(tmp_path_factory):
+def agent_with_sysid(tmp_path_factory):
     """An agent that observes the features of sysid.py."""
     return agent_file.load(make_run(tmp_path_factory.mktemp("runs") / "run", sysid=True, **SHORT))
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, 1e30])
-def test_a_number_that_cannot_be_used_does_not_stay_in_the_hidden_state(poison, identifying):
+def test_a_number_that_cannot_be_used_does_not_stay_in_the_hidden_state(poison, agent_with_sysid):
     """In an observation or a reward. The step is left out by sysid, as a diverged step of training."""
-    hidden, inputs = identifying.start(jnp.ones((3, 12)))
-    action, _ = identifying.act(hidden, inputs, deterministic=True)
+    agent = agent_with_sysid
+    hidden, inputs = agent.start(jnp.ones((3, 12)))
+    action, _ = agent.act(hidden, inputs, deterministic=True)
     obs, reward = jnp.full((3, 12), 0.5).at[0, 1].set(poison), jnp.ones(3).at[1].set(poison * np.inf)
-    after = identifying.observe(inputs, action, reward, obs, jnp.zeros(3, bool))
+    after = agent.observe(inputs, action, reward, obs, jnp.zeros(3, bool))
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((after.observation, after.state.sysid)))
     np.testing.assert_array_equal(after.state.sysid.steps[:, 0], [0, 0, 1])
     np.testing.assert_array_equal(after.observation.context[:, -3], [0, 0, 1])
 
 
-def test_without_a_final_observation_only_sysid_loses_a_step(identifying):
+def test_without_a_final_observation_only_sysid_loses_a_step(agent_with_sysid):
     """The first observation of an episode is not taken for the end of the one before."""
-    agent = identifying
+    agent = agent_with_sysid
     obs = jnp.asarray(np.random.default_rng(0).normal(size=(6, 1, 12)), jnp.float32)
     _, inputs = agent.start(obs[0])
     action, _ = agent.act(agent.network.zero_state((1,)), inputs, deterministic=True)
