@@ -211,7 +211,7 @@ def test_sigkill_and_resume_are_bit_identical(tmp_path):
 # ---- Runs that end early -------------------------------------------------------------------------
 @pytest.fixture(autouse=True)
 def heed_ctrl_c():
-    """What a script runs in the background ignores Ctrl-C, and so does what that starts."""
+    """A process in the background ignores Ctrl-C, and so do the processes that it starts."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

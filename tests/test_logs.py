@@ -151,8 +151,9 @@ def test_every_seed_is_listed(tmp_path, capsys, no_figures):
         assert line.split()[2:] == [f"{score.mean():.2f}", "seeds:", *(f"{x:.2f}" for x in score)]
 
 
-def test_returns_have_a_line_for_each_setting(tmp_path, monkeypatch):
-    """Its mean over seeds, with a band from the lowest to the highest, which the title explains."""
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that logs.py draws, each as (figure, axes)."""
     figures = []
 
     def panels(*args, original=logs.panels):
@@ -160,9 +161,14 @@ def test_returns_have_a_line_for_each_setting(tmp_path, monkeypatch):
         return figures[-1]
 
     monkeypatch.setattr(logs, "panels", panels)
+    return figures
+
+
+def test_returns_have_a_line_for_each_setting(tmp_path, monkeypatch, drawn):
+    """Its mean over seeds, with a band from the lowest to the highest, which the title explains."""
     monkeypatch.setattr(logs, "write_sweep", lambda *_: None)
     folder = train(tmp_path / "sweep", sweep=("lr=0.1,0.001",))
-    [(figure, axes)] = figures
+    [(figure, axes)] = drawn
     returns = logs.training_returns(*experiment.read_run(folder, toy.Config), folder)
     assert "mean of 2 seeds" in figure.get_suptitle() and "lowest" in figure.get_suptitle()
     [legend] = figure.legends
@@ -173,16 +179,9 @@ def test_returns_have_a_line_for_each_setting(tmp_path, monkeypatch):
             np.testing.assert_allclose(line.get_ydata(), mean)
 
 
-def test_the_title_of_a_single_panel_is_not_cut_off(tmp_path, monkeypatch):
-    figures = []
-
-    def panels(*args, original=logs.panels):
-        figures.append(original(*args))
-        return figures[-1]
-
-    monkeypatch.setattr(logs, "panels", panels)
+def test_the_title_of_a_single_panel_is_not_cut_off(tmp_path, drawn):
     train(tmp_path / "run", toy.Config(env=("walk",)))
-    [(figure, _)] = figures
+    [(figure, _)] = drawn
     figure.draw_without_rendering()
     title = figure.texts[0].get_window_extent()
     assert title.x0 >= 0 and title.x1 <= figure.bbox.width
