@@ -52,8 +52,8 @@ PAPER = RESULTS / "paper"
 # has for 4 epochs of that on two cores, 30 would take seven hours for 15 million steps. Here: width 64, the
 # others with as many parameters as S5, 4 epochs at a larger step, and this project's defaults where the paper
 # is silent. Environments, steps, losses, discounts and the absence of annealing and of an entropy bonus are
-# the paper's. In these tasks the change of an observation is the velocity, which they hide: no agent
-# observes it but vectors, and those with sysid, whose features contain it.
+# the paper's. These tasks hide velocities, which changes of observations contain. Only two kinds of
+# agents observe changes: vectors, and agents with sysid, whose features are computed from changes.
 PPO = ["--num-envs", "64", "--num-steps", "1024", "--num-minibatches", "8", "--update-epochs", "4",
        "--lr", "1e-3", "--anneal", "none", "--gamma", "0.99", "--gae-lambda", "1.0", "--clip-eps", "0.2",
        "--ent-coef", "0", "--vf-coef", "1.0", "--log-every", "1",
