@@ -35,7 +35,6 @@ W and the metrics are computed in every `stride`-th step, counted from `zero_sta
 sequence must begin at a step that computes them. A reset clears W and the metrics too, and y is 0 until they
 are computed again: for up to stride - 1 steps.
 """
-from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -56,13 +55,18 @@ class Held(NamedTuple):
     goal: Any  # (..., n) mean of the first value, weighted by g
 
 
+class Sums(NamedTuple):
+    """Sums over steps, of which older ones count less, with the batch axes first."""
+    products: Any  # (..., K (K + J n) + J) of z [z, x]^T and |x|^2
+    attended: Any  # (..., n + 1) of g x and g
+    moments: Any  # (..., V n n) of v v^T
+
+
 class State(NamedTuple):
     """The hidden state, float32, with the batch axes first."""
     traces: Any  # (..., P) p
     lagged: Any  # (..., V n) w
-    sums: Any  # (..., K K + K J n + J) of z z^T, z x^T and |x|^2
-    attended: Any  # (..., n + 1) sums of g x and of g
-    moments: Any  # (..., V n n) sum of v v^T
+    sums: Sums
     held: Held
     phase: Any  # (...,) int32, steps since W was computed
 
@@ -135,8 +139,8 @@ class VectorS5(nn.Module):
             return jnp.zeros((*batch, *shape), jnp.float32)
 
         held = Held(zeros(J), zeros(K, J * n), zeros(Q * J, n), zeros(self.features), zeros(n))
-        return State(zeros(K - 1 - self.scalars), zeros(V * n), zeros(K * K + K * J * n + J), zeros(n + 1),
-                     zeros(V * n * n), held, jnp.zeros(batch, jnp.int32))
+        sums = Sums(zeros(K * (K + J * n) + J), zeros(n + 1), zeros(V * n * n))
+        return State(zeros(K - 1 - self.scalars), zeros(V * n), sums, held, jnp.zeros(batch, jnp.int32))
 
     def setup(self):
         K, J, V, Q, n = self.sizes
@@ -181,33 +185,70 @@ class VectorS5(nn.Module):
         lag = jnp.repeat(jnp.exp(-jnp.exp(self.lagged_dt)), self.size)
         return a, (1 - a) * (s @ self.B), lag, (1 - lag) * v.reshape(*v.shape[:-2], -1)
 
-    def _sums(self, s, v, p, w):
-        """z (..., K), x (..., J, n), and (decays, drives) of State's sums, attended and moments.
-
-        p, w: traces of one step earlier.
-        """
-        lead = s.shape[:-1]
+    def _keys_and_values(self, s, v, p, w):
+        """z (..., K), x (..., J, n); p, w: traces of one step earlier."""
         z = jnp.concatenate([jnp.ones_like(s[..., :1]), s, p], -1)
-        x = jnp.einsum("jv,...vn->...jn", self.C, jnp.concatenate([v, w.reshape(v.shape)], -2))
-        products = [(z[..., :, None] * y[..., None, :]).reshape(*lead, -1) for y in (z, x.reshape(*lead, -1))]
-        g = jnp.exp(jnp.clip(s @ self.focus, -15, 15))[..., None]
-        sums = jnp.concatenate([*products, jnp.square(x).sum(-1)], -1)
-        attended = jnp.concatenate([g * x[..., 0, :], g], -1)
-        moments = (v[..., :, :, None] * v[..., :, None, :]).reshape(*lead, -1)
-        a = jnp.exp(-jnp.exp(self.sums_dt))
-        return z, x, *((jnp.broadcast_to(a, drive.shape[-1:]), drive) for a, drive in (
-            (a, sums), (a, attended), (lax.stop_gradient(a), moments)))
+        return z, jnp.einsum("jv,...vn->...jn", self.C, jnp.concatenate([v, w.reshape(v.shape)], -2))
 
-    def _hold(self, sums, attended, moments):
+    def _drives(self, weight, s, v, z, x):
+        """Drives of Sums, added over c steps with weight (..., c).
+
+        As matrix products: a sum over c of outer products would store each of them.
+        """
+        lead = weight.shape[:-1]
+        right = jnp.concatenate([z, x.reshape(*weight.shape, -1)], -1)
+        products = matmul((weight[..., None] * z).mT, right)
+        squares = (weight[..., None] * jnp.square(x).sum(-1)).sum(-2)
+        g = weight * jnp.exp(jnp.clip(s @ self.focus, -15, 15))
+        first = jnp.concatenate([x[..., 0, :], jnp.ones_like(z[..., :1])], -1)
+        v = v.swapaxes(-3, -2)
+        moments = matmul((weight[..., None, :, None] * v).mT, v)
+        return Sums(jnp.concatenate([products.reshape(*lead, -1), squares], -1),
+                    matmul(g[..., None, :], first)[..., 0, :], moments.reshape(*lead, -1))
+
+    def _decays(self, steps):
+        """Of Sums in that many steps, (1,) each."""
+        a = jnp.exp(-jnp.exp(self.sums_dt) * steps)
+        return Sums(a, a, lax.stop_gradient(a))
+
+    def _advance(self, sums, reset, inputs):
+        """Sums after one more step, inputs (..., 1, .)."""
+        drives = self._drives(jnp.ones((*reset.shape, 1), jnp.float32), *inputs)
+        return jax.tree.map(lambda a, x, b: cleared(a * x, reset) + b, self._decays(1), sums, drives)
+
+    def _advance_blocks(self, sums, reset, inputs, length):
+        """Sums before each block of c steps, and after the last, whose length may be less.
+
+        sums (N, .), reset (blocks, N, c), inputs (blocks, N, c, .). The steps of a block are added first, so
+        that the recurrence has one step per block.
+        """
+        B, N, c = reset.shape
+        left = np.full((B, 1, c), range(c - 1, -1, -1), np.float32)  # how many steps of the block follow
+        left[-1] -= c - length
+        later = jnp.cumsum(reset[..., ::-1], -1)[..., ::-1] > reset  # a reset follows in the block
+        weight = jnp.where(later | (left < 0), 0, self._decays(np.maximum(left, 0)).products)
+        drives, restart = self._drives(weight, *cleared(inputs, later)), reset.any(-1)
+
+        def recur(a, x0, b):
+            x = linear_recurrence(jnp.broadcast_to(a, b.shape[-1:]), b, x0, restart, self.scan)
+            return jnp.concatenate([x0[None], x[:-1]])
+
+        before = jax.tree.map(recur, self._decays(c), sums, drives)
+        after = jax.tree.map(lambda a, x, b: cleared(a * x[-1], restart[-1]) + b[-1],
+                             self._decays(length), before, drives)
+        return before, after
+
+    def _hold(self, sums):
         """W, the metrics, the goal and what follows from these alone."""
         K, J, V, Q, n = self.sizes
-        lead = sums.shape[:-1]
+        products, attended, moments = sums
+        lead = products.shape[:-1]
         eye = np.eye(n, dtype=np.float32)
-        zz = sums[..., :K * K].reshape(*lead, K, K)
-        zx = sums[..., K * K:-J].reshape(*lead, K, J, n)
-        count = lax.stop_gradient(sums[..., :1])
+        squares, products = products[..., -J:], products[..., :-J].reshape(*lead, K, K + J * n)
+        zz, zx = products[..., :K], products[..., K:].reshape(*lead, K, J, n)
+        count = lax.stop_gradient(products[..., 0, :1])
         ridge = (self.ridge + 1 / count)[..., None]
-        unit = lax.rsqrt(lax.stop_gradient(sums[..., -J:]) / (n * count) + 1e-12)
+        unit = lax.rsqrt(lax.stop_gradient(squares) / (n * count) + 1e-12)
         weights = inverse(zz / count[..., None] + 0.3 * ridge * np.eye(K, dtype=np.float32))
         weights = matmul(weights, (zx * (unit / count)[..., None, :, None]).reshape(*lead, K, J * n))
         moments = moments.reshape(*lead, V, n, n)
@@ -217,10 +258,10 @@ class VectorS5(nn.Module):
 
         u = jnp.einsum("qk,...kn->...qn", self.mix, weights.reshape(*lead, K * J, n))
         dual = matmul(u, metrics.swapaxes(-3, -2).reshape(*lead, n, J * n)).reshape(*lead, Q * J, n)
-        square = (dual.reshape(*lead, Q, J, n) * u[..., None, :]).sum(-1) + 1e-4  # (..., Q, J)
+        inner = matmul(dual, u.mT).reshape(*lead, Q, J, Q)
+        square = (inner * np.eye(Q, dtype=np.float32)[:, None]).sum(-1) + 1e-4  # (..., Q, J)
         scale = lax.rsqrt(square)
-        cosine = matmul(dual, u.mT).reshape(*lead, Q, J, Q)
-        cosine = cosine * scale[..., None] * scale.mT[..., None, :, :]
+        cosine = inner * scale[..., None] * scale.mT[..., None, :, :]
         found = [squash(2 * cosine), 1 + 0.3 * jnp.log(square), 0.3 * jnp.log(unit), 0.3 * jnp.log(count)]
         found = jnp.concatenate([y.reshape(*lead, -1) for y in found], -1) @ self.alone + self.bias
         goal = attended[..., :-1] / (attended[..., -1:] + 1e-9)
@@ -235,8 +276,7 @@ class VectorS5(nn.Module):
         x, error = bounded(x), bounded(error)
         both = jnp.concatenate([x, error, away], -2).reshape(*lead, c * (2 * J + 1), n)
         crossed = squash(2 * matmul(both, held.dual.mT).reshape(*lead, c, -1)) @ self.crossed
-        lengths = [(x[..., i, None, :] * x).sum(-1) for i in range(J)]
-        lengths += [jnp.square(y).sum(-1) for y in (error, away)]
+        lengths = [matmul(x, x.mT).reshape(*lead, c, J * J), jnp.square(error).sum(-1), jnp.square(away).sum(-1)]
         lengths = squash(jnp.concatenate(lengths, -1) / n) @ self.lengths
         y = held.found[..., None, :] + crossed + lengths
         return jnp.where(held.unit[..., None, :1] > 0, y, 0.0)
@@ -245,24 +285,26 @@ class VectorS5(nn.Module):
         """s (T, N, S), v (T, N, V, n), reset (T, N) bool -> (State, y (T, N, H)); see `stride`."""
         (T, N), c = reset.shape, self.stride
         s, v = jnp.asarray(s, jnp.float32), jnp.asarray(v, jnp.float32)
-        run = partial(linear_recurrence, reset=reset, scan=self.scan)
 
-        def earlier(x, x0):
-            return cleared(jnp.concatenate([x0[None], x[:-1]]), reset)
+        def run(a, b, x0):
+            """The states after each step, and those before it, cleared by the reset."""
+            x = linear_recurrence(a, b, x0, reset, self.scan)
+            return x[-1], cleared(jnp.concatenate([x0[None], x[:-1]]), reset)
 
-        def chunks(x):  # (T, N, ...) -> (ceil(T / c), N, c, ...)
+        def blocks(x):  # (T, N, ...) -> (ceil(T / c), N, c, ...)
             x = jnp.pad(x, [(0, -T % c)] + [(0, 0)] * (x.ndim - 1))
             return x.reshape(-1, c, *x.shape[1:]).swapaxes(1, 2)
 
         a, b, lag, d = self._traces(s, v)
-        p, w = run(a, b, state.traces), run(lag, d, state.lagged)
-        z, x, *parts = self._sums(s, v, earlier(p, state.traces), earlier(w, state.lagged))
-        sums = [run(*part, x0) for part, x0 in zip(parts, (state.sums, state.attended, state.moments))]
-        held = self._hold(*(x[::c] for x in sums))
-        gone = jnp.cumsum(chunks(reset.at[::c].set(False)), 2) > 0
-        y = cleared(self._read(held, chunks(z), chunks(x)), gone).swapaxes(1, 2)
+        (p, earlier_p), (w, earlier_w) = run(a, b, state.traces), run(lag, d, state.lagged)
+        inputs = [blocks(x) for x in (s, v, *self._keys_and_values(s, v, earlier_p, earlier_w))]
+        restart = blocks(reset)
+        before, sums = self._advance_blocks(state.sums, restart, inputs, T - (len(restart) - 1) * c)
+        held = self._hold(self._advance(before, restart[..., 0], [x[:, :, :1] for x in inputs]))
+        gone = jnp.cumsum(restart.at[..., 0].set(False), 2) > 0
+        y = cleared(self._read(held, *inputs[2:]), gone).swapaxes(1, 2)
         last = cleared(jax.tree.map(lambda x: x[-1], held), gone[-1, :, -1])
-        state = State(p[-1], w[-1], *(x[-1] for x in sums), last, jnp.full(N, T % c, jnp.int32))
+        state = State(p, w, sums, last, jnp.full(N, T % c, jnp.int32))
         return state, y.reshape(-1, N, self.features)[:T]
 
     def step(self, state, s, v, reset):
@@ -270,10 +312,10 @@ class VectorS5(nn.Module):
         s, v = jnp.asarray(s, jnp.float32), jnp.asarray(v, jnp.float32)
         old = cleared(state._replace(phase=None), reset)
         a, b, lag, d = self._traces(s, v)
-        z, x, *parts = self._sums(s, v, old.traces, old.lagged)
-        sums = [a_sums * x0 + drive for (a_sums, drive), x0 in zip(parts, (old.sums, old.attended, old.moments))]
+        inputs = [x[:, None] for x in (s, v, *self._keys_and_values(s, v, old.traces, old.lagged))]
+        sums = self._advance(old.sums, reset, inputs)
         due = state.phase == 0
-        new = lax.cond(due.any(), lambda: self._hold(*sums), lambda: old.held)
+        new = lax.cond(due.any(), lambda: self._hold(sums), lambda: old.held)
         held = jax.tree.map(jnp.add, cleared(new, ~due), cleared(old.held, due))
-        state = State(a * old.traces + b, lag * old.lagged + d, *sums, held, (state.phase + 1) % self.stride)
-        return state, self._read(held, z[:, None], x[:, None])[:, 0]
+        state = State(a * old.traces + b, lag * old.lagged + d, sums, held, (state.phase + 1) % self.stride)
+        return state, self._read(held, *inputs[2:])[:, 0]

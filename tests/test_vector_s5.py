@@ -37,8 +37,10 @@ def test_inverse():
     close(gradient(inverse, m), gradient(jnp.linalg.inv, m), 1e-3)
 
 
-def test_step_is_sequence(case):
-    net, params, state, s, v, reset = case
+@pytest.mark.parametrize("T", [2, 32, 35], ids=lambda T: f"{T} steps")
+def test_step_is_sequence(case, T):
+    net, params, state, *inputs = case
+    s, v, reset = (x[:T] for x in inputs)
     end, y = apply(net, params, state, s, v, reset)
     step, ys = jax.jit(lambda *x: net.apply(params, *x, method="step")), []
     for t in range(T):
@@ -112,7 +114,7 @@ def test_the_goal_is_attention_with_logits_from_the_scalars(case):
     reset = jnp.zeros_like(reset).at[12].set(True)
     goal = apply(net, params, state, s, v, reset)[0].held.goal  # computed last in step 32
     p = params["params"]
-    values = jax.jit(lambda *x: net.apply(params, *x, method=lambda net, *x: net._sums(*x)[1]))
+    values = jax.jit(lambda *x: net.apply(params, *x, method=lambda net, *x: net._keys_and_values(*x)[1]))
     w = state.lagged
     found = []
     for t in range(33):
