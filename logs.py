@@ -145,10 +145,10 @@ def metric_rows(config: Any, options: Options, update: int, metrics: dict) -> li
 
 
 def scalars_of(columns: dict[str, np.ndarray]) -> dict[str, float]:
-    """Returns {tag: mean} of one agent's columns (updates,), without bins and NaN."""
+    """Returns {tag: mean} of one agent's columns (updates,), without bins, NaN and infinity."""
     means = {f"{'charts' if '/' in name or name == 'lr' else 'losses'}/{name}": float(nanmean(x))
              for name, x in columns.items() if name.count("/") < 2}
-    return {tag: x for tag, x in means.items() if not math.isnan(x)}
+    return {tag: x for tag, x in means.items() if math.isfinite(x)}
 
 
 def write_rows(file: Any, rows: list[dict]) -> None:
@@ -195,9 +195,13 @@ def training_returns(config: Any, options: Options, folder: Path | str) -> np.nd
 def failed_agents(config: Any, options: Options, folder: Path | str) -> np.ndarray:
     """Returns (A,): whether the agent has failed in any call."""
     skipped = np.array([row.get("skipped", 0.0) for row in read_metrics(folder)])
-    skipped = skipped.reshape(-1, len(agents_of(config, options))).T
-    starts = range(0, skipped.shape[1], config.log_every)
-    return np.any([failed_in(skipped[:, i:i + config.log_every]) for i in starts], axis=0)
+    return failed_by_call(skipped.reshape(-1, len(agents_of(config, options))).T, config.log_every)
+
+
+def failed_by_call(skipped: np.ndarray, log_every: int) -> np.ndarray:
+    """Returns (A,): whether the agent has failed in any call. skipped: (A, updates of all calls)."""
+    starts = range(0, skipped.shape[1], log_every)
+    return np.any([failed_in(skipped[:, i:i + log_every]) for i in starts], axis=0)
 
 
 def final_scores(config: Any, options: Options, folder: Path | str) -> np.ndarray:
@@ -247,8 +251,10 @@ def seeds_text(scores: np.ndarray) -> str:
 
 
 def score_text(score: float) -> str:
-    """Returns a score with two digits; "-" for NaN: the agent failed, or no whole episode ended."""
-    return "-" if math.isnan(score) else f"{score:.2f}"
+    """Returns a score as text; "-" for NaN: the agent failed, or no whole episode ended."""
+    if math.isnan(score):
+        return "-"
+    return f"{score:.2f}" if abs(score) >= 0.01 or score == 0 else f"{score:.2g}"
 
 
 def panels(lines: int, columns: int, width: float, height: float) -> tuple[Any, np.ndarray]:
@@ -290,9 +296,13 @@ def plot_training(this: Run) -> None:
     figure.savefig(this.folder / "returns.png")
 
 
-RANKING = """best of {settings} settings, chosen on the same returns, so that its own are too high
-brackets: 95 % t interval over {seeds} seeds, cut at the lowest and highest return of the run; so few
-seeds may not show that one seed in ten collapses, and no interval over them covers that"""
+BRACKETS = """brackets: 95 % t interval over {} seeds, cut at the lowest and highest return of the run; no interval
+covers runs that collapse, and few seeds rarely hold one"""
+
+
+def best_of(settings: int) -> str:
+    """Returns what a reader of the best of several settings has to know."""
+    return f"best of {settings} settings, chosen on the same returns"
 
 
 def write_sweep(this: Run, scores: np.ndarray) -> None:
@@ -318,9 +328,11 @@ def write_sweep(this: Run, scores: np.ndarray) -> None:
     labels = [name_of(setting).replace(",", ", ") for setting in settings]
     print("\nsettings, best first, with mean returns over the last tenth of training:")
     for i in order:
-        bracket = "" if np.isnan(low[i]) else f"  [{low[i]:.2f}, {high[i]:.2f}]"
+        bracket = "" if np.isnan(low[i]) else f"  [{score_text(low[i])}, {score_text(high[i])}]"
         print(f"  {labels[i]:30s} {score_text(mean[i]):>9s}{bracket}{seeds_text(scores[i])}")
-    print(RANKING.format(settings=len(settings), seeds=seeds))
+    print(f"{best_of(len(settings))}, so that its own are too high")
+    if not np.isnan(low).all():
+        print(BRACKETS.format(seeds))
     plot_sweep(this, [labels[i] for i in order], scores[order], low[order], high[order])
 
 
@@ -333,7 +345,7 @@ def plot_sweep(this: Run, labels: list[str], scores: np.ndarray, low: Any, high:
     axis.plot(scores, place, "k.", alpha=0.4)
     axis.set_yticks(place, labels)
     axis.invert_yaxis()
-    axis.set(title=f"best of {len(labels)} settings, chosen on the same returns",
+    axis.set(title=best_of(len(labels)),
              xlabel="return over the last tenth of training: every seed, the mean, and its 95 % t "
                     "interval,\ncut at the returns of the run")
     figure.savefig(this.folder / "sweep.png")

@@ -71,8 +71,20 @@ def test_a_setting_that_fails_is_marked_and_the_others_finish(tmp_path, capsys):
     scores = experiment.final_scores(*experiment.read_run(folder, toy.Config), folder)
     assert np.isnan(scores[:2]).all() and np.isfinite(scores[2:]).all()
     ranking = captured.out[captured.out.index("settings, best first"):]
-    assert "no interval over them covers that" in ranking
+    assert "no interval\ncovers runs that collapse" in ranking
     assert "[nan" not in ranking and "best of 2 settings, chosen on the same returns" in ranking
+
+
+def test_a_ranking_of_single_seeds_speaks_of_no_brackets(tmp_path, capsys):
+    train(tmp_path / "sweep", sweep=("lr=0.1,1e-3",), num_seeds=1)
+    printed = capsys.readouterr().out
+    assert "best of 2 settings, chosen on the same returns" in printed and "bracket" not in printed
+
+
+@pytest.mark.parametrize("score,text", [
+    (12.345, "12.35"), (0.5, "0.50"), (0.00123, "0.0012"), (-0.02, "-0.02"), (0.0, "0.00"), (np.nan, "-")])
+def test_a_small_return_is_not_printed_as_zero(score, text):
+    assert logs.score_text(score) == text
 
 
 def test_one_seed_of_a_setting_that_fails_puts_it_last(whole):
@@ -105,6 +117,8 @@ def test_a_swept_name_in_metrics_csv_is_the_setting():
     alone = logs.metric_rows(config, experiment.Options(), 0, metrics)
     assert [row["lr"] for row in alone] == [0.01, 0.02]
     assert logs.scalars_of({"lr": metrics["lr"][0]}) == {"charts/lr": 0.015}
+    infinite = {"value_loss": np.array([1.0, np.inf]), "kl": np.array([np.nan])}
+    assert logs.scalars_of(infinite) == {}  # tensorboardX would print a warning for each
 
 
 def test_an_update_without_an_end_of_an_episode_is_no_number():
