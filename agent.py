@@ -68,6 +68,7 @@ class Agent:
     Attributes:
       params, norm: parameters and an envs.Observation of Moments; leaves (seeds, ...) of NumPy.
       seeds: their numbers; settings: {name: value} of each in a sweep.
+      best_of: among how many settings of a sweep this one was chosen by its training returns.
       steps: environment steps of each seed's training.
       tasks: names of the tasks trained on.
       trials: envs.Trials with one environment of the first task, and trial_kwargs, its arguments.
@@ -89,6 +90,7 @@ class Agent:
         self.steps = int(saved["update"]) * config.steps_per_update
         self.seeds = [int(agent["seed"]) for agent in saved["agents"]]
         self.settings = [dict(agent["setting"]) for agent in saved["agents"]]
+        self.best_of = 1
         self.params, norm = saved["params"], saved["norm"]
         self.norm = envs.Observation(**{name: algorithm.Moments(**x)
                                         for name, x in norm.items() if x is not None})
@@ -227,6 +229,7 @@ class Agent:
                              f"{', '.join(map(str, sorted(set(self.seeds))))}")
         best = settings[found[0]]
         if not all(matches(settings[i], best) for i in found):
+            self.best_of = len({run_folder.name_of(settings[i]) for i in found})
             best = best_setting(folder, [settings[i] for i in found], matches, known)
             print(f"{folder} is a sweep; its best setting is evaluated: {run_folder.name_of(best)}")
         chosen = [i for i in found if matches(settings[i], best)]

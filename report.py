@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import logs
+import run_folder
 from agent import Agent
 
 BINS = 20  # equal parts of a trial, in curves
@@ -82,7 +83,7 @@ def estimate(x: np.ndarray) -> Estimate:
 
 
 def differences(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """x - y (tasks, seeds, trials), in the trials that both have."""
+    """x - y (tasks, seeds, trials), in the seeds and trials that both have."""
     seeds = min(x.shape[1], y.shape[1])
     return x[:, :seeds] - y[:, :seeds]
 
@@ -97,16 +98,24 @@ def interquartile_mean(x: np.ndarray) -> float:
     return float(np.sort(x, None)[x.size // 4:x.size - x.size // 4].mean())
 
 
+def over(x: np.ndarray) -> str:
+    """What the estimate of x (tasks, seeds, trials) is over, in words."""
+    _, seeds, trials = x.shape
+    return f"{seeds} seeds" if seeds > 1 else f"{trials} trials of one seed"
+
+
 def few_seeds(x: np.ndarray) -> bool:
     return 1 < x.shape[1] < FEW
 
 
 # ---- Tables --------------------------------------------------------------------------------------
-def groups(result: Result) -> dict[str, list[int]]:
-    """{"trained on" and "held out": indices of tasks}, those that are not empty."""
-    trained = [i for i, task in enumerate(result.tasks) if task in result.agent.tasks]
-    others = [i for i in range(len(result.tasks)) if i not in trained]
-    return {name: i for name, i in (("trained on", trained), ("held out", others)) if i}
+def groups(*results: Result) -> dict[str, list[int]]:
+    """{group: indices of tasks}: "trained on" by all runs, "held out" by all, or "trained on by some"."""
+    found = {"trained on": [], "trained on by some": [], "held out": []}
+    for i, task in enumerate(results[0].tasks):
+        trained = [task in result.agent.tasks for result in results]
+        found["trained on" if all(trained) else "trained on by some" if any(trained) else "held out"].append(i)
+    return {name: index for name, index in found.items() if index}
 
 
 def rows_of(result: Result, index: list[int]) -> list[tuple[str, list[int]]]:
@@ -126,7 +135,7 @@ def grid(header: list, rows: list[list]) -> str:
 
 def number(x: float) -> str:
     """With as many digits as tell apart tasks that pay up to 1000 and tasks that pay up to 1."""
-    return "-" if np.isnan(x) else f"{x:.{0 if abs(x) >= 100 else 1 if abs(x) >= 10 else 2}f}"
+    return f"{x:.0f}" if abs(x) >= 100 else f"{x:.1f}" if abs(x) >= 10 else logs.score_text(x)
 
 
 def returns_table(result: Result, index: list[int]) -> str:
@@ -150,13 +159,12 @@ def projections_table(results: list[Result]) -> str:
 def headline(result: Result) -> str:
     """The three numbers that matter: return on each group of tasks, and what blindness costs."""
     found, memory = groups(result), result.returns["memory"]
-    (group, index), seeds, trials = next(iter(found.items())), *memory.shape[1:]
+    group, index = next(iter(found.items()))
     rows = [(f"return, {group}", index, memory[index]) for group, index in found.items()]
     rows.append((f"cost of hiding observations, {group}", index,
                  (memory - result.returns["blind"])[index]))
-    over = f"{seeds} seeds" if seeds > 1 else f"{trials} trials of one seed"
     few = ["each seed"] if few_seeds(memory) else []
-    return grid([markdown(result.agent.name), "tasks", "mean", f"95 % over {over}", *few], [
+    return grid([markdown(result.agent.name), "tasks", "mean", f"95 % over {over(memory)}", *few], [
         [label, len(index), number(x.mean()), estimate(x), *(each_seed(x) for _ in few)]
         for label, index, x in rows])
 
@@ -213,13 +221,13 @@ STYLES = (("#0072B2", "o", "-"), ("#009E73", "D", "-."), ("#D55E00", "v", "--"),
           ("#000000", "x", ":"), ("#E69F00", "s", "-"), ("#CC79A7", "^", "--"))
 
 
-def plot_returns(result: Result, series: dict[str, np.ndarray], path: Path) -> None:
+def plot_returns(results: list[Result], series: dict[str, np.ndarray], path: Path) -> None:
     """Returns by task with intervals and, of few, each seed; series as Result.returns."""
-    found = groups(result)
+    found = groups(*results)
     height = max(len(index) for index in found.values()) * (0.15 + 0.09 * len(series))
     figure, axes = logs.panels(len(found), 1, 7, 1.2 + height)
     for axis, (group, index) in zip(axes[:, 0], found.items()):
-        rows = rows_of(result, index)
+        rows = rows_of(results[0], index)
         for k, (name, x) in enumerate(series.items()):
             colour, marker, _ = STYLES[k % len(STYLES)]
             y = np.arange(len(rows)) + (k - (len(series) - 1) / 2) * 0.8 / len(series)
@@ -236,21 +244,24 @@ def plot_returns(result: Result, series: dict[str, np.ndarray], path: Path) -> N
     figure.savefig(path)
 
 
-def plot_curves(result: Result, series: dict[str, np.ndarray], path: Path) -> None:
+def plot_curves(results: list[Result], series: dict[str, np.ndarray], path: Path) -> None:
     """Reward against time in the trial, a panel for each task; series as Result.curves."""
-    columns = min(4, len(result.tasks))
+    tasks, steps = results[0].tasks, results[0].steps
+    groups_of = {i: group for group, index in groups(*results).items() for i in index}
+    columns = min(4, len(tasks))
     width = max(2.6, 5.2 / columns)  # room for the legend and the label of the axis
-    figure, axes = logs.panels(math.ceil(len(result.tasks) / columns), columns, width, 2.1)
-    for axis in axes.flat[len(result.tasks):]:
+    figure, axes = logs.panels(math.ceil(len(tasks) / columns), columns, width, 2.1)
+    for axis in axes.flat[len(tasks):]:
         axis.remove()
-    for i, (axis, task) in enumerate(zip(axes.flat, result.tasks)):
-        x = (np.arange(BINS) + 0.5) * result.steps[i] / BINS
+    for i, (axis, task) in enumerate(zip(axes.flat, tasks)):
+        x = (np.arange(BINS) + 0.5) * steps[i] / BINS
         for (name, data), (colour, marker, line) in zip(series.items(), itertools.cycle(STYLES)):
             e = estimate(data[[i]])
             axis.plot(x, e.mean, line, color=colour, marker=marker, ms=2.5, lw=1.2,
                       label=plain_label(name))
             axis.fill_between(x, e.low, e.high, color=colour, alpha=0.18, lw=0)
-        axis.set_title(task + ("" if task in result.agent.tasks else " (held out)"), fontsize=9)
+        group = groups_of[i]
+        axis.set_title(task + f" ({group})" * (group != "trained on"), fontsize=9)
         axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     figure.supxlabel("environment steps since the trial began (95 % as in the tables)", fontsize=9)
@@ -269,22 +280,44 @@ Policies: {"; ".join(f"*{name}*, {text}" for name, text in POLICIES.items())}.
 The CSV files hold all intervals, interquartile means and every trial."""
 
 
+def sweep_text(agent: Agent) -> str:
+    """Which setting of a sweep this is, as a line; "" without a sweep."""
+    if not agent.settings[0]:
+        return ""
+    how = f", the {logs.best_of(agent.best_of)}" if agent.best_of > 1 else ""
+    return f"Setting: {markdown(run_folder.name_of(agent.settings[0]))}{how}.\n"
+
+
+def failed_text(agent: Agent) -> str:
+    """Which of the seeds have failed in training, as a line; "" if the run folder does not say so."""
+    try:
+        run = run_folder.read_run(agent.folder)
+        failed = logs.failed_agents(*run, agent.folder)
+    except (ValueError, OSError):  # the file of the agent alone
+        return ""
+    names = [run_folder.name_of(*each) for each in run_folder.agents_of(*run)]
+    mine = [run_folder.name_of(*each) for each in zip(agent.settings, agent.seeds)]
+    names = [name for name, fail in zip(names, failed) if fail and name in mine]
+    return f"Failed in training, and tested all the same: {markdown('; '.join(names))}.\n" if names else ""
+
+
 def describe(result: Result) -> str:
     agent, (_, seeds, trials) = result.agent, result.returns["memory"].shape
     return (f"{markdown(agent.name)}: {agent.trainer}, projection {agent.trials.projection}, "
             f"{agent.steps:,} steps of training on\n{', '.join(agent.tasks)}.\n"
+            f"{sweep_text(agent)}{failed_text(agent)}"
             f"Tested: {seeds} seed{'s' * (seeds > 1)} x {trials} trials of each task.")
 
 
 def write_report(result: Result, folder: Path) -> str:
     """Writes tables and figures of one run, and report.md around them. Returns what to print."""
     write_tables(result, folder)
-    plot_returns(result, result.returns, folder / "returns.png")
-    plot_curves(result, result.curves, folder / "curves.png")
+    plot_returns([result], result.returns, folder / "returns.png")
+    plot_curves([result], result.curves, folder / "curves.png")
     tables = [f"Tasks {group}\n\n{returns_table(result, i)}" for group, i in groups(result).items()]
     figures = ["![returns](returns.png)", "![curves](curves.png)"]
     if result.projections:
-        plot_returns(result, result.projections, folder / "projections.png")
+        plot_returns([result], result.projections, folder / "projections.png")
         tables.append(f"Returns under other projections\n\n{projections_table([result])}")
         figures.append("![projections](projections.png)")
     figures += [f"[{path.name}]({path.name})" for path in sorted(folder.glob("replay-*.*"))]
@@ -300,18 +333,19 @@ def write_comparison(results: list[Result], folder: Path) -> str:
     """Writes comparison.csv, figures and comparison.md of runs. Returns what to print."""
     pairs = [(a.agent.name, b.agent.name, group,
               differences(a.returns["memory"][index], b.returns["memory"][index]))
-             for group, index in groups(results[0]).items()
-             for a, b in itertools.combinations(results, 2)]
+             for a, b in itertools.combinations(results, 2)
+             for group, index in groups(a, b).items()]
     write_csv(folder / "comparison.csv", [
-        {"run": a, "other": b, "tasks": group} | estimate(x)._asdict() for a, b, group, x in pairs])
-    plot_returns(results[0], {r.agent.name: r.returns["memory"] for r in results},
+        {"run": a, "other": b, "tasks": group} | estimate(x)._asdict() | {"seeds": x.shape[1], "trials": x.shape[2]}
+        for a, b, group, x in pairs])
+    plot_returns(results, {r.agent.name: r.returns["memory"] for r in results},
                  folder / "comparison.png")
-    plot_curves(results[0], {r.agent.name: r.curves["memory"] for r in results},
+    plot_curves(results, {r.agent.name: r.curves["memory"] for r in results},
                 folder / "comparison_curves.png")
-    parts = ["Differences of returns in the same trials\n\n" + grid(
+    parts = ["Differences of returns in the seeds and trials that both runs have\n\n" + grid(
         ["run - other", "tasks", "difference", "95 %", "over", "each seed"],
-        [[f"{markdown(a)} - {markdown(b)}", group, number(x.mean()), estimate(x), estimate(x).over,
-          each_seed(x) or "-"] for a, b, group, x in pairs])]
+        [[f"{markdown(a)} - {markdown(b)}", group, number(x.mean()), estimate(x), over(x), each_seed(x) or "-"]
+         for a, b, group, x in pairs])]
     if all(r.projections for r in results):
         parts.append(f"Returns under other projections\n\n{projections_table(results)}")
     figures = ["![returns](comparison.png)", "![curves](comparison_curves.png)"]

@@ -226,6 +226,37 @@ def test_a_figure_draws_dollars_and_underscores_as_they_are(result, tmp_path):
     assert [text.get_text() for text in figure.legends[0].texts] == [r" _a_\$^_\$b"]
 
 
+def test_a_comparison_says_which_run_was_trained_on_a_task_and_on_how_many_seeds(result, tmp_path):
+    """Three seeds against two, trained on different tasks."""
+    a, b = TASKS
+    more = {name: np.concatenate([x, x[:, :1]], 1) for name, x in result.returns.items()}
+    other = result._replace(agent=SimpleNamespace(**vars(result.agent), family="gaussian"), returns=more)
+    other.agent.name, other.agent.tasks = "other", (b,)
+    assert report.groups(other) == {"trained on": [1], "held out": [0]}
+    assert report.groups(result, other) == {"trained on by some": [0, 1]}
+    printed = report.write_comparison([result, other], tmp_path)
+    assert "| trained on by some |" in printed and "| 2 seeds |" in printed
+    with (tmp_path / "comparison.csv").open() as file:
+        [row] = csv.DictReader(file)
+    assert (row["seeds"], row["trials"]) == ("2", str(TRIALS))
+
+
+def test_a_report_names_the_setting_and_the_seeds_that_failed(result, tmp_path, monkeypatch):
+    """The best setting was chosen by its training returns, so that those are too high."""
+    assert "Setting" not in report.describe(result) and "Failed" not in report.describe(result)
+    agent = SimpleNamespace(**vars(result.agent), family="gaussian")
+    agent.settings, agent.best_of, agent.folder = 2 * [{"lr": 1e-3}], 3, tmp_path
+    chosen = result._replace(agent=agent)
+    assert "Setting: lr=0.001, the best of 3 settings, chosen on the same returns.\n" in report.describe(chosen)
+    run = agent.config, evaluate.experiment.Options(sweep=("lr=0.001,1e6",), num_seeds=2)
+    monkeypatch.setattr(report.run_folder, "read_run", lambda folder: run)
+    with (tmp_path / "metrics.csv").open("w") as file:
+        report.logs.write_rows(file, [{"update": u, "skipped": x} for u in (1, 2) for x in (0.0, 1.0, 1.0, 1.0)])
+    agent.best_of = 1
+    assert ("Setting: lr=0.001.\nFailed in training, and tested all the same: lr=0.001,seed=1.\n"
+            in report.describe(chosen))
+
+
 def test_comparison_of_runs(tmp_path, capsys):
     """An LSTM trained on gaussian projections; S5 trained on none, its hidden state reset in every step."""
     lstm = make_run(tmp_path / "lstm", train_lstm, seeds=(0, 1))
