@@ -82,6 +82,8 @@ def main(config_class: type, make_train: Callable, description: str) -> None:
     """Parses the command line, trains and evaluates. An error is one sentence and exit status 2."""
     use_cache()
     os.environ["MPLBACKEND"] = "agg"  # that of a notebook need not be installed
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a KeyboardInterrupt inside a callback of JAX is lost
     try:
         devices.start()
         if resumed := resumed_folder(sys.argv):
@@ -129,8 +131,7 @@ def use_cache() -> None:
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         with contextlib.suppress(RuntimeError):  # there is no home directory
-            cache = Path.home() / ".cache" / "jax-icrl"
-            jax.config.update("jax_compilation_cache_dir", str(cache))
+            jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "jax-icrl"))
 
 
 def parse_flags(config_class: type, description: str = "", args: list[str] | None = None,
@@ -308,15 +309,15 @@ def prepare(make_train: Callable, this: Run, mesh: Any) -> tuple[int, Any, Calla
 
 def first_runner(this: Run, program: devices.Program) -> tuple[int, Any]:
     """Returns (updates done, runner): new, or of the newest checkpoint."""
-    rows = this.folder / "metrics.csv"
-    if this.options.resume and (saved(this.folder) or rows.exists() and rows.stat().st_size):
+    written = [this.folder / name for name in ("metrics.csv", "agent.msgpack")]
+    begun = saved(this.folder) or any(path.exists() and path.stat().st_size for path in written)
+    if this.options.resume and begun:
         update, runner = restore(this, program.shapes)
         if update != devices.from_first(update):
             raise ValueError("the processes found different checkpoints: is the folder shared?")
         if update > this.config.num_updates:
-            done = update * this.config.steps_per_update
-            raise ValueError(f"{this.folder} has {done:,} steps already, more than "
-                             f"--total-timesteps {this.config.total_timesteps:,}")
+            raise ValueError(f"{this.folder} has {update * this.config.steps_per_update:,} steps already, "
+                             f"more than --total-timesteps {this.config.total_timesteps:,}")
         on_first(update_config, this)
         return update, runner
     agents = agents_of(this.config, this.options)  # also if a kill came before the first checkpoint

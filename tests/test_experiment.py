@@ -217,6 +217,18 @@ def heed_ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
+def test_ctrl_c_before_a_run_ends_the_process(monkeypatch, capsys):
+    """As an exception it could be raised inside a callback of JAX, which drops exceptions."""
+    before = []
+    monkeypatch.setattr(sys, "argv", ["toy.py"])
+    monkeypatch.setattr(experiment.devices, "start", lambda: before.append(signal.getsignal(signal.SIGINT)))
+    monkeypatch.setattr(experiment, "parse_flags", lambda *_: [SimpleNamespace(env=("help",)), None])
+    experiment.main(toy.Config, toy.make_train, "")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as the shell does for a process in the background
+    experiment.main(toy.Config, toy.make_train, "")
+    assert before == [signal.SIG_DFL, signal.SIG_IGN]
+
+
 def test_a_run_that_skips_most_updates_stops(tmp_path):
     with pytest.raises(FloatingPointError, match="lower --lr"):
         train(tmp_path / "run", toy.Config(lr=1e38))

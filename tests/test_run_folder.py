@@ -160,6 +160,16 @@ def test_a_lost_timing_file_begins_anew(whole, tmp_path, no_figures):
     assert (folder / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
 
 
+def test_an_agent_without_its_checkpoints_is_not_overwritten(whole, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("config.json", "agent.msgpack"):
+        shutil.copy(whole / name, folder)
+    with pytest.raises(ValueError, match="no usable checkpoint"):
+        resume(folder)
+    assert (folder / "agent.msgpack").read_bytes() == (whole / "agent.msgpack").read_bytes()
+
+
 def test_what_is_no_checkpoint_is_passed_over(whole, tmp_path, no_figures):
     """An empty file or folder with a later number, other names; then two checkpoints are kept."""
     folder = shutil.copytree(whole, tmp_path / "copy")
