@@ -122,6 +122,11 @@ def mean_interval(x: np.ndarray) -> dict[str, float]:
     return {"mean": mean, "low": low, "high": high, "worst": float(x.min()), "seeds": int((~np.isnan(x)).sum())}
 
 
+def each(x: Sequence[float]) -> str:
+    """Returns x as text for a column of a table, "-" for a failed seed."""
+    return " ".join("-" if np.isnan(value) else f"{value:.4g}" for value in x)
+
+
 def device() -> str:
     """Returns what this process measures on, in words."""
     cpu = jax.default_backend() == "cpu"

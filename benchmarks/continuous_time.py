@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common import RESULTS, Table, add_legend, mean_interval, plot_into, read_csv, run_main, seconds  # first
+from common import RESULTS, Table, add_legend, each, mean_interval, plot_into, read_csv, run_main, seconds  # first
 
 import devices
 import envs
@@ -223,7 +223,13 @@ def figure(_: Budget, folder: Path) -> None:
 
 
 def print_table(rows: list[dict], same: list[str]) -> None:
-    """Prints returns, and what is lost against the first row with equal columns `same`."""
+    """Prints returns of every seed, and what is lost against the first row with equal columns `same`.
+
+    Brackets are 95 % t intervals over seeds, which do not cover runs that collapse.
+    """
+    def bracket(low, high):
+        return "" if np.isnan(float(low)) else f" [{float(low):.3g}, {float(high):.3g}]"
+
     best = {}
     for row in sorted(rows, key=lambda row: [row[name] for name in same]):
         seeds = np.array([float(x) for name, x in row.items() if name.startswith("seed_")])
@@ -231,9 +237,10 @@ def print_table(rows: list[dict], same: list[str]) -> None:
         paired = "kept" in row  # tests of the same agents
         less = mean_interval(first - seeds) if paired else lost(first, seeds)
         names = [row[name] for name in ("task", "agent", "interval", "dt") if name in row]
-        kept = "kept {kept} % [{kept_low}, {kept_high}] ".format(**row) if paired else ""
-        print(" | ".join(names), f"| {row['mean']} [{row['low']}, {row['high']}] {kept}"
-              + "lost {:.3g} [{:.3g}, {:.3g}]".format(*less.values()))
+        mean, low, high = list(less.values())[:3]
+        kept = f"kept {float(row['kept']):.3g} %{bracket(row['kept_low'], row['kept_high'])}, " if paired else ""
+        found = f"{float(row['mean']):.3g}{bracket(row['low'], row['high'])}, seeds {each(seeds)}"
+        print(" | ".join(names), f"| {found}, {kept}lost {mean:.3g}{bracket(low, high)}")
 
 
 def draw(axis: Any, task: str, rows: list[dict]) -> None:

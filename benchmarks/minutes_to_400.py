@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import RESULTS, ROOT, Table, make_parser, positive, run_main, whole  # first: it finds the project
+from common import RESULTS, ROOT, Table, each, make_parser, positive, run_main, whole  # first: it finds the project
 
 import experiment
 from runs import read_rows
@@ -79,8 +79,12 @@ def main():
                   flags=" ".join(options.flags))
     for goal in options.goals:
         x = np.array([row[f"minutes_to_{goal:g}"] for row in table.rows])
-        mean, low, high = map(float, experiment.t_interval(x))
-        print(f"{goal:g}: {mean:.2f} minutes [{low:.2f}, {high:.2f}], {np.isfinite(x).sum()} of {len(x)} seeds")
+        reached = np.isfinite(x)
+        text = f"{goal:g}: reached by {reached.sum()} of {len(x)} seeds, after {each(x)} minutes"
+        if reached.all():  # the mean of the others would be too short
+            mean, low, high = map(float, experiment.t_interval(x))
+            text += f", mean {mean:.2f}" + ("" if np.isnan(low) else f" [{low:.2f}, {high:.2f}]")
+        print(text)
 
 
 if __name__ == "__main__":

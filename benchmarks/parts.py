@@ -8,6 +8,7 @@ command goes on; finished runs are skipped. Columns of results/parts.csv:
 
     mean, low, high, worst  mean return of the six tasks over the last tenth of training, its 95 % t
                             interval over seeds, and the worst seed
+    each                    this mean of every seed
     lost, lost_low, lost_high  mean of the first variant minus this mean, and its 95 % interval (Welch)
     one column per task     mean return over seeds
 """
@@ -18,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import ttest_ind
 
-from common import RESULTS, Table, make_parser, mean_interval, run_main, whole  # first: it finds the project
+from common import RESULTS, Table, each, make_parser, mean_interval, run_main, whole  # first: it finds the project
 
 import envs
 from runs import RUNS, Run, add_jobs_flag, launch
@@ -50,10 +51,13 @@ def runs_of(variants: list[str], steps: int, seeds: int) -> list[Run]:
 
 
 def lost(first: np.ndarray, scores: np.ndarray) -> dict[str, float]:
-    """Returns mean(first) - mean(scores) and its 95 % interval (Welch), NaN without several seeds."""
+    """Returns mean(first) - mean(scores) and its 95 % interval (Welch), NaN without several seeds.
+
+    There is no interval if both are the same runs.
+    """
     difference = float(first.mean() - scores.mean())
     low = high = float("nan")
-    if min(len(first), len(scores)) > 1 and max(first.std(), scores.std()) > 0:
+    if first is not scores and min(len(first), len(scores)) > 1 and max(first.std(), scores.std()) > 0:
         low, high = map(float, ttest_ind(first, scores, equal_var=False).confidence_interval())
     return {"lost": difference, "lost_low": low, "lost_high": high}
 
@@ -69,7 +73,7 @@ def write_table(runs: list[Run], path: Path) -> None:
         by_task = np.array([run.scores() for run in same])  # (seeds, tasks)
         scores = by_task.mean(1)
         first = scores if first is None else first
-        table.add(variant=variant, **mean_interval(scores), steps=min(run.reached() for run in same),
+        table.add(variant=variant, **mean_interval(scores), each=each(scores), steps=min(run.reached() for run in same),
                   **lost(first, scores), **dict(zip(envs.TRAIN_TASKS, by_task.mean(0).tolist())))
 
 

@@ -41,6 +41,7 @@ from common import (  # first: it finds the project
 
 import envs
 import experiment
+import logs
 import memory_chain
 import train_s5
 from agent import load
@@ -136,6 +137,8 @@ def write_table(figure, rows):
         old = table.setdefault((new["memory"], new["at"]), new)
         if all(float(new[k]) >= float(old[k]) for k in ("seeds", "million_frames")):
             table[new["memory"], new["at"]] = new
+        else:
+            print(f"{figure}, {new['memory']}, {new['at']}: the stored row has more seeds or steps, and stays")
     if table:
         write_csv(path, list(table.values()))
     return list(table.values())
@@ -159,8 +162,10 @@ def memory_rows(runs):
 
 
 def best_return(run):
-    """POPGym's score: the best mean return of the episodes that end in one update."""
-    return np.nanmax([r[f"return/popgym:{run.task}"] for r in experiment.read_metrics(run.path)])
+    """POPGym's score: the best mean return of the episodes that end in one update. NaN if training failed."""
+    if logs.failed_agents(*experiment.read_run(run.path), run.path).any():
+        return np.nan
+    return np.fmax.reduce([r[f"return/popgym:{run.task}"] for r in experiment.read_metrics(run.path)])
 
 
 def popgym_rows(runs):
@@ -235,7 +240,7 @@ def read_six(folder):
     """Returns (variant, million frames planned) and metrics.csv, an array for each seed, of a run on the six tasks.
 
     The plan distinguishes runs because the learning rate follows it. An array has the columns steps and the
-    return of each task.
+    return of each task, NaN if training failed.
 
     Raises:
       ValueError: it is no run on these tasks, or no update is logged yet.
@@ -250,20 +255,22 @@ def read_six(folder):
     variant += "" if config.sysid else ", plain"
     none = "none, sysid" if config.sysid else "none"
     variant = "blind" if config.blind else none if config.reset == "step" else variant
-    seeds = {}
+    seeds, skipped = {}, {}
     for r in read_rows(folder):
         values = [r[f"return/{name}"] for name in config.env]
         seeds.setdefault(r["seed"], []).append([r["steps"], *[values[tasks.index(t)] for t in envs.TRAIN_TASKS]])
+        skipped.setdefault(r["seed"], []).append(r.get("skipped", 0.0))
     if not seeds:
         raise ValueError(f"{folder} has no logged update yet")
-    return (variant, config.total_timesteps / 1e6), [np.array(rows) for rows in seeds.values()]
+    arrays = [np.array(rows) for rows in seeds.values()]
+    for rows, failed in zip(arrays, logs.failed_by_call(np.array(list(skipped.values())), config.log_every)):
+        rows[:, 1:] = np.nan if failed else rows[:, 1:]
+    return (variant, config.total_timesteps / 1e6), arrays
 
 
 def near(rows, steps):
-    """Mean returns (tasks,) over the twentieth of training before `steps`; NaN if it is not there yet."""
+    """Mean returns (tasks,) over the twentieth of training before `steps`; NaN if no episode ended."""
     chosen = rows[(rows[:, 0] > 0.95 * steps) & (rows[:, 0] <= steps)]
-    if steps > rows[-1, 0] or not len(chosen):
-        return np.full(rows.shape[1] - 1, np.nan)
     return experiment.nanmean(chosen[:, 1:], 0)
 
 
@@ -280,10 +287,9 @@ def dmcontrol_rows(folders, device):
             curve = [r for r in reference if (r["task"], r["memory"]) == (name, theirs)]
             steps, returns = numbers(curve, "million_frames", "return")
             for budget in BUDGETS:
-                found = np.array([near(s, 1e6 * budget) for s in seeds])
-                found = found.mean(1) if i == 0 else found[:, i - 1]
-                found = found[np.isfinite(found)]
+                found = np.array([near(s, 1e6 * budget) for s in seeds if s[-1, 0] >= 1e6 * budget])
                 if len(found):
+                    found = found.mean(1) if i == 0 else found[:, i - 1]
                     within = len(curve) and steps[0] <= budget <= steps[-1]
                     paper = float(np.interp(budget, steps, returns)) if within else ""
                     rows.append(row(memory, f"{name}, {budget} of {planned:g} million", paper, found, 1e6 * budget)
@@ -319,7 +325,8 @@ def draw_popgym(rows):
         names = [task.replace("Stateless", "\nStateless").removesuffix("Hard").strip() for task in POPGYM]
         axis.set_xticks(range(len(POPGYM)), names)
         axis.axhline(0, color="black", linewidth=0.8)
-        axis.set(ylabel="best mean return", title="POPGym, hard versions, within 15 million environment steps")
+        axis.set(ylabel="best mean return, 95 % t interval over seeds",
+                 title="POPGym, hard versions, within 15 million environment steps")
 
     plot_into(PAPER / "popgym.png", 1, 1, panel, size=(8, 3.8), legend=3)
 

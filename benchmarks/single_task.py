@@ -13,7 +13,7 @@ docs/BENCHMARKS.md, phase 5.1, read in November 2026), empty where there is none
 import sys
 from pathlib import Path
 
-from common import RESULTS, Table, make_parser, mean_interval, run_main, whole  # first: it finds the project
+from common import RESULTS, Table, each, make_parser, mean_interval, run_main, whole  # first: it finds the project
 
 import dmc
 from runs import RUNS, Run, add_jobs_flag, launch
@@ -50,9 +50,10 @@ def main():
         if not reached[task]:
             print(f"{task}: not every seed has begun; left out")
             continue
-        columns = mean_interval([run.scores()[0] for run in same])
-        table.add(task=task, **{"return": columns.pop("mean")}, **columns, published=PUBLISHED.get(task, ""),
-                  steps=reached[task])
+        scores = [run.scores()[0] for run in same]
+        columns = mean_interval(scores)
+        table.add(task=task, **{"return": columns.pop("mean")}, **columns, each=each(scores),
+                  published=PUBLISHED.get(task, ""), steps=reached[task])
     sys.exit(failed > 0)
 
 

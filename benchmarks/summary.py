@@ -119,13 +119,16 @@ def plot_memory(axis) -> None:
 
 
 def plot_parts(axis) -> None:
-    """Mean return of the six tasks after 5 million steps, with the intervals over seeds in parts.csv."""
+    """Mean return of the six tasks after 5 million steps, every seed, and the intervals in parts.csv."""
     rows = read_csv(RESULTS / "parts.csv")
     mean, low, high = numbers(rows, "mean", "low", "high")
     axis.errorbar(mean, range(len(rows)), xerr=[mean - low, high - mean], fmt="o", color=COLOURS["S5"], capsize=3)
+    for place, row in enumerate(rows):
+        seeds = [float(x) for x in row["each"].split() if x != "-"]
+        axis.plot(seeds, [place] * len(seeds), "k.", alpha=0.4)
     axis.set_yticks(range(len(rows)), [row["variant"] for row in rows])
     axis.invert_yaxis()
-    axis.set(xlim=(0, 450), xlabel="mean return of six tasks, 95 % t interval over seeds",
+    axis.set(xlim=(0, 450), xlabel="mean return of six tasks: every seed, mean, 95 % t interval",
              title="Six tasks, 5 million steps")
 
 

@@ -256,7 +256,7 @@ def test_minutes_end_with_the_last_goal(main, tmp_path):
     [row], printed = main("minutes_to_400", *flags, "--flags", "--long", picture=False)
     assert 0 < float(row["minutes_to_2"]) == float(row["minutes_to_3"]) and time.monotonic() - begin < 30
     [row], printed = main("minutes_to_400", *flags, "5", picture=False)
-    assert row["minutes_to_5"] == "nan" and "5: nan minutes [nan, nan], 0 of 1 seeds" in printed
+    assert row["minutes_to_5"] == "nan" and "5: reached by 0 of 1 seeds, after - minutes\n" in printed
 
 
 # ---- Runs ----------------------------------------------------------------------------------------
@@ -317,7 +317,9 @@ def test_parts_compares_every_variant_with_the_first(load, main, tmp_path, monke
     rows, printed = main(module, "--steps", "900", "--jobs", "0", picture=False, code=0)
     assert [row["variant"] for row in rows] == list(worth) and "LSTM: not every seed has begun" in printed
     assert printed.count("No interval covers runs that collapse") == 1
-    first, none = ({k: float(v) for k, v in row.items() if k != "variant"} for row in rows)
+    assert rows[0]["each"] == "100 101 102"
+    first, none = ({k: float(v) for k, v in row.items() if k not in ("variant", "each")} for row in rows)
+    assert first["lost"] == 0 and np.isnan(first["lost_low"])  # against itself there is no interval
     assert (first["mean"], first["worst"], none["lost"], none["reacher-easy"]) == (101, 100, 10, 91)
     half = 4.303 * 1 / np.sqrt(3)  # t of two degrees of freedom, deviation 1
     np.testing.assert_allclose([first["low"], first["high"]], [101 - half, 101 + half], rtol=1e-3)
@@ -529,6 +531,24 @@ def test_reproduce_keeps_a_row_of_more_seeds_or_steps(reproduce):
         assert (kept["seeds"], kept["million_frames"]) == ("4", "2")
     [newer] = reproduce.write_table("popgym", [reproduce.row("S5", "RepeatPreviousHard", 0.91, four, 3e6)])
     assert newer["million_frames"] == "3"
+
+
+def test_reproduce_counts_a_failed_seed_as_missing(reproduce, tmp_path, capsys):
+    """It is neither left out of the worst nor scored by what it had before."""
+    tasks = envs.TRAIN_TASKS
+    rows = [{"update": m, "steps": m * 1e6, "seed": seed, "skipped": float(seed == 1)}
+            | {f"return/{task}": 300.0 + seed for task in tasks} for m in range(1, 31) for seed in range(3)]
+    write_run(tmp_path / "six", train_s5.Config(memory="s5", sysid=True, total_timesteps=20_000_000), rows)
+    found = reproduce.dmcontrol_rows([tmp_path / "six"], "one H200")
+    assert {(r["ours"], r["seeds"]) for r in found} == {(301, 2)} and np.isnan([r["worst"] for r in found]).all()
+    [run] = reproduce.trainer_runs("popgym", 200, {"none": []}, ("RepeatPreviousHard",))[:1]
+    write_run(run.path, config_of(run)[0], [
+        {"update": 1, "steps": 100, "seed": 0, "skipped": 1.0, "return/popgym:RepeatPreviousHard": 0.8}])
+    assert np.isnan(reproduce.best_return(run))
+    two = reproduce.row("S5", "RepeatPreviousHard", 0.91, [0.8, 0.8], 2e6)
+    reproduce.write_table("popgym", [two])
+    reproduce.write_table("popgym", [two | {"ours": np.nan, "seeds": 1}])
+    assert "RepeatPreviousHard: the stored row has more seeds or steps, and stays" in capsys.readouterr().out
 
 
 def test_reproduce_compares_curves_at_equal_frames(reproduce, tmp_path):
