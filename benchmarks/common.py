@@ -21,6 +21,7 @@ import numpy as np  # noqa: E402
 
 import devices  # noqa: E402
 import experiment  # noqa: E402
+import logs  # noqa: E402
 
 jax.config.update("jax_compilation_cache_dir", None)  # else compile times are those of an earlier run
 
@@ -120,6 +121,19 @@ def mean_interval(x: np.ndarray) -> dict[str, float]:
     x = np.asarray(x, float)
     mean, low, high = map(float, experiment.t_interval(x))
     return {"mean": mean, "low": low, "high": high, "worst": float(x.min()), "seeds": int((~np.isnan(x)).sum())}
+
+
+def final_returns(metrics: dict[str, Any], log_every: int) -> np.ndarray:
+    """Returns (seeds, tasks): mean return over the last tenth of training, NaN of seeds that failed.
+
+    Args:
+      metrics: of a whole run, (seeds, updates, ...).
+      log_every: updates of a call, see logs.failed_by_call.
+    """
+    returns = np.asarray(metrics["return"])
+    failed = logs.failed_by_call(np.asarray(metrics["skipped"]), log_every)
+    last = experiment.nanmean(returns[:, -max(1, returns.shape[1] // 10):], 1)
+    return np.where(failed[:, None], np.nan, last)
 
 
 def each(x: Sequence[float]) -> str:

@@ -33,7 +33,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common import RESULTS, Table, add_legend, each, mean_interval, plot_into, read_csv, run_main, seconds  # first
+from common import (  # first
+    RESULTS,
+    Table,
+    add_legend,
+    each,
+    final_returns,
+    mean_interval,
+    plot_into,
+    read_csv,
+    run_main,
+    seconds,
+)
 
 import devices
 import envs
@@ -92,12 +103,10 @@ def make_config(trainer: str, task: str, budget: Budget, **fields: Any) -> Any:
 
 
 def train_seeds(trainer: str, config: Any, seeds: int) -> tuple[np.ndarray, Any, Any]:
-    """Returns (returns (seeds, tasks) in the last tenth of training, Train, RunnerState of all)."""
+    """Returns (returns (seeds, tasks), see common.final_returns, Train, RunnerState of all)."""
     train = experiment.import_trainer(trainer).make_train(config)
     out = jax.jit(devices.over_agents(train))(jax.vmap(jax.random.PRNGKey)(jnp.arange(seeds)))
-    returns = np.asarray(out["metrics"]["return"])  # (seeds, updates, tasks)
-    last = returns[:, -max(1, returns.shape[1] // 10):]
-    return experiment.nanmean(last, 1), train, out["runner"]
+    return final_returns(out["metrics"], config.log_every), train, out["runner"]
 
 
 def test(network: Any, trials: envs.Trials, seed: Any, params: Any, norm: Any) -> jax.Array:

@@ -31,6 +31,7 @@ from common import (  # first: it finds the project
     Table,
     compile_program,
     device,
+    final_returns,
     log_axis,
     make_parser,
     mean_interval,
@@ -74,7 +75,7 @@ def train_seeds(name: str, config: Any, seeds: int) -> dict[str, Any]:
     """Trains `seeds` seeds, one after another on a CPU.
 
     Returns:
-      "returns": (seeds,) mean return over the last tenth of training. "parameters": of one agent.
+      "returns": (seeds,) see common.final_returns. "parameters": of one agent.
       "us_per_step", "megabytes": of one seed.
     """
     keys = jax.vmap(jax.random.PRNGKey)(jnp.arange(seeds))
@@ -83,9 +84,8 @@ def train_seeds(name: str, config: Any, seeds: int) -> dict[str, Any]:
     start = time.perf_counter()
     out = jax.block_until_ready(program.run(keys))
     seconds = time.perf_counter() - start
-    returns = np.asarray(out["metrics"]["return"])[..., 0]  # (seeds, updates)
     side_by_side = 1 if jax.default_backend() == "cpu" else seeds
-    return {"returns": experiment.nanmean(returns[:, -max(1, returns.shape[1] // 10):], 1),
+    return {"returns": final_returns(out["metrics"], config.log_every)[:, 0],
             "parameters": sum(p.size for p in jax.tree.leaves(out["runner"].params)) // seeds,
             "us_per_step": 1e6 * seconds / (seeds * config.num_updates * config.steps_per_update),
             "megabytes": program.megabytes / side_by_side}

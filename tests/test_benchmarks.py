@@ -128,6 +128,11 @@ def test_what_a_user_can_mend_is_a_sentence_and_a_bug_is_a_traceback(load, capsy
 
 
 def test_a_failed_seed_is_not_counted(load):
+    metrics = {"return": np.arange(60.0).reshape(3, 10, 2), "skipped": np.zeros((3, 10))}
+    metrics["skipped"][1, 4:6] = 1
+    returns = load("common").final_returns(metrics, log_every=2)
+    np.testing.assert_array_equal(returns, [[18, 19], [np.nan, np.nan], [58, 59]])
+    assert np.isfinite(load("common").final_returns(metrics, log_every=10)).all()  # two of ten updates
     found = load("common").mean_interval([1.0, np.nan, 3.0])
     assert (found["mean"], found["seeds"]) == (2.0, 2) and np.isnan(found["worst"])
 
