@@ -217,6 +217,7 @@ def test_every_number_of_the_results_table_is_in_its_csv_file():
     ("default 20 million", "default/metrics.csv"),
     ("default without privileged critic 20 million", "no_privileged_critic/metrics.csv"),
     ("S5 20 million", "s5/metrics.csv"),
+    ("S5 100 million", "s5/metrics_100_million.csv"),
     ("LSTM 20 million", "lstm/metrics.csv"),
     ("no memory 20 million", "none/metrics.csv"),
     ("S5 with sysid 20 million", "sysid/metrics.csv"),
