@@ -68,7 +68,7 @@ class Agent:
     Attributes:
       params, norm: parameters and an envs.Observation of Moments; leaves (seeds, ...) of NumPy.
       seeds: their numbers; settings: {name: value} of each in a sweep.
-      best_of: among how many settings of a sweep this one was chosen by its training returns.
+      best_of: of how many settings of a sweep this is the best in training; 1 if it was named.
       steps: environment steps of each seed's training.
       tasks: names of the tasks trained on.
       trials: envs.Trials with one environment of the first task, and trial_kwargs, its arguments.
