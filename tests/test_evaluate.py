@@ -282,7 +282,7 @@ def test_refusals(run, gym_run, tmp_path, monkeypatch, capsys):
 
 
 def test_imports_run_one_way():
-    """evaluate -> report -> agent -> run_folder -> devices, without a circle.
+    """evaluate -> report -> agent, logs -> run_folder -> devices, without a circle.
 
     Agents find their trainer by name.
     """
@@ -291,7 +291,8 @@ def test_imports_run_one_way():
         return {f for f in found if (ROOT / f"{f}.py").exists()}
 
     assert imported("evaluate") == {"agent", "devices", "envs", "experiment", "report"}  # replay on request
-    assert imported("report") == {"agent", "logs"} and imported("agent") == {"envs", "run_folder"}
+    assert imported("report") == {"agent", "logs", "run_folder"}
+    assert imported("agent") == {"envs", "run_folder"}
     assert imported("experiment") == {"devices", "logs", "run_folder"}
     assert imported("logs") == {"run_folder"} and imported("run_folder") == {"devices"}
     assert imported("replay") == {"dmc"} and imported("dmc") == {"physics"}
