@@ -1,4 +1,4 @@
-"""Run folders with agent.msgpack for tests: small networks with random parameters."""
+"""Run folders for tests: agent.msgpack of small networks with random parameters; metrics.csv."""
 
 import dataclasses
 import json
@@ -7,6 +7,7 @@ import flax.serialization
 import jax
 import numpy as np
 
+import experiment
 import train_s5
 
 TASKS = ("cartpole-swingup", "cartpole-balance")  # trained on, held out; both pay in every step
@@ -39,3 +40,16 @@ def make_run(folder, trainer=train_s5, settings=({},), seeds=(0,), **changes):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "agent.msgpack").write_bytes(flax.serialization.msgpack_serialize(saved))
     return folder
+
+
+def write_run(path, config, rows):
+    """A run folder with these rows of metrics.csv."""
+    experiment.open_folder(config, experiment.Options(out=str(path)))
+    if rows:
+        with (path / "metrics.csv").open("w", newline="") as file:
+            experiment.write_rows(file, rows)
+
+
+def config_of(run):
+    """The Config and Options that the command of a run gives its trainer."""
+    return experiment.parse_flags(experiment.import_trainer(run.trainer).Config, args=run.command[1:])
