@@ -73,10 +73,12 @@ def speed(name: str, question: str, num_envs: int, *flags: str, xla_flags: str =
     return Job(name, question, 160, "train_s5.py", flags, alone=True, xla_flags=xla_flags)
 
 
-def memory(name: str, question: str, *flags: str, seconds: int = 440) -> Job:
+def memory(name: str, question: str, *flags: str, script: str = "train_s5.py", seconds: int = 440) -> Job:
     """100 million steps by three seeds side by side, with the sizes of a network on a CPU."""
-    sizes = ("--num-envs", "1536", "--width", "64", "--layers", "3", "--state-size", "32", "--num-seeds", "3")
-    return Job(name, question, seconds, "train_s5.py", (*flags, *sizes, "--total-timesteps", "100000000"))
+    sizes = ("--num-envs", "1536", "--width", "64", "--num-seeds", "3", "--total-timesteps", "100000000")
+    if script == "train_s5.py":  # a CPU's sizes of the LSTM follow from the width
+        sizes = ("--layers", "3", "--state-size", "32", *sizes)
+    return Job(name, question, seconds, script, (*flags, *sizes))
 
 
 BUFFERS = "--xla_gpu_enable_command_buffer="  # nothing: off
@@ -84,6 +86,9 @@ JOBS = (
     memory("vector_memory", "what the default memory learns in 100 million steps", seconds=611),
     memory("none", "what sysid alone learns, hidden state reset in every step", *SYSID, "--reset", "step"),
     memory("s5", "what S5 adds to sysid", *SYSID),
+    memory("lstm", "what an LSTM learns without sysid", script="train_lstm.py", seconds=500),
+    memory("plain_none", "what no memory learns without sysid", "--memory", "s5", "--reset", "step"),
+    memory("plain_s5", "what S5 learns without sysid", "--memory", "s5"),
     learn("vector64", "what the default agent learns with the sizes of a GPU", rate=0.6),
     learn("s5_64", "what S5 with sysid learns with these sizes", *SYSID),
     learn("none64", "what sysid alone learns with these sizes", *SYSID, "--reset", "step"),
