@@ -28,15 +28,15 @@ from common import (  # first: it finds the project
 import envs
 
 MEMORIES = (  # log of a run, colour, line, label
-    ("gpu/vector_memory/metrics.csv", "tab:purple", "-", "vectors, H200 (three seeds)"),
+    ("gpu/vector_memory/metrics.csv", "tab:purple", "-", "vectors, GPU (three seeds)"),
     ("default/metrics.csv", "magenta", "-", "vectors, CPU (three seeds)"),
     ("no_privileged_critic/metrics.csv", "magenta", "--", "vectors, raw state hidden, CPU (three seeds)"),
-    ("s5/metrics.csv", "tab:blue", "-", "S5, CPU (three seeds)"),
-    ("lstm/metrics.csv", "tab:orange", "-", "LSTM, CPU (three seeds)"),
-    ("none/metrics.csv", "tab:gray", "-", "no memory, CPU (three seeds)"),
-    ("gpu/plain64/metrics.csv", "navy", "-", "S5, raw state hidden, H200 (one)"),
-    ("gpu/s5/metrics.csv", "tab:blue", ":", "S5, sysid, H200 (three seeds)"),
-    ("gpu/none/metrics.csv", "black", ":", "no memory, sysid, H200 (three seeds)"))
+    ("gpu/plain_s5/metrics.csv", "tab:blue", "-", "S5, GPU (three seeds)"),
+    ("gpu/lstm/metrics.csv", "tab:orange", "-", "LSTM, GPU (three seeds)"),
+    ("gpu/plain_none/metrics.csv", "tab:gray", "-", "no memory, GPU (three seeds)"),
+    ("gpu/plain64/metrics.csv", "navy", "-", "S5, raw state hidden, GPU (one)"),
+    ("gpu/s5/metrics.csv", "tab:blue", ":", "S5, sysid, GPU (three seeds)"),
+    ("gpu/none/metrics.csv", "black", ":", "no memory, sysid, GPU (three seeds)"))
 
 
 def run(schedule: int) -> list[np.ndarray]:
