@@ -229,9 +229,7 @@ def run(make_train: Callable, config: Any, options: Options) -> Path:
         on_first(lambda: stack.enter_context(locked(this.folder)))
         signals = stack.enter_context(Signals(this))
         try:
-            wandb = None
-            if options.wandb:
-                wandb = on_first(lambda: stack.enter_context(start_wandb(this)))
+            wandb = on_first(lambda: options.wandb and stack.enter_context(start_wandb(this)))
             say(f"{this.folder}: {len(agents)} x {config.num_updates * config.steps_per_update:,} steps of "
                 f"{', '.join(config.env)} on {mesh.size} {jax.default_backend()}")
             say("compiling, which takes about a minute")
