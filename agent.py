@@ -10,8 +10,8 @@ first axis is N. With one environment N is 1: obs[None], action.value[0].
 
 An agent trained without projections, as on CartPole-v1, takes observations as its environment
 returns them, and action.value is what the environment takes. An agent trained under projections, as
-that of results/default, plays any task that is no larger than these, through a pair of random
-matrices that stay the same for a trial:
+that of results/default, plays any task with at most 12 observations and 2 actions, through a pair
+of random matrices that stay the same for a trial:
 
     rng, n, m = np.random.default_rng(0), obs.size, 1    # n observations, m actions of the task
     Mo = rng.normal(size=(agent.trials.obs_size, n)) / n**0.5

@@ -306,7 +306,7 @@ class Observation(NamedTuple):
     projected: jax.Array  # (N, obs_size) o' = symlog(Mo o), or symlog(o) without a projection
     change: jax.Array  # (N, obs_size) o' minus the previous o'; 0 at an episode's start; or (N, 0)
     context: jax.Array  # (N, actions + 3) previous action (one-hot if discrete), previous reward,
-    # episode start, trial start. Action and reward are 0 at a trial's start only.
+    # episode start, trial start. Action and reward are 0 at a trial's start and after a divergence.
     sysid: jax.Array  # (N, F) features of sysid.py, 0 at an episode's start; or (N, 0)
     state: jax.Array  # (N, S) task and raw observation, for the critic in training only; or (N, 0)
     dt: Any = None  # (N,) duration of the last step, see Trials.time_unit; None where all last equally

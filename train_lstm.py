@@ -304,8 +304,8 @@ class RunnerState(NamedTuple):
     opt_state: Any
     env_state: envs.TrialsState
     observation: envs.Observation  # what the agent acts on next
-    hidden: Any  # hidden state before that
-    reset: jax.Array  # (N,) bool, whether the hidden state is reset before that
+    hidden: Any  # hidden state before `observation`
+    reset: jax.Array  # (N,) bool, whether the hidden state is reset before `observation`
     returns: jax.Array  # (N,) running discounted return, for the scale of rewards
     reward_scale: Moments  # of these returns, per task (tasks,)
     hyper: dict[str, jax.Array]  # values of Config.SWEEPABLE

@@ -12,8 +12,8 @@ Why. A random projection is as likely as any rotation of it, so only relations b
 This layer stores products of vectors v (the observation and its change) and scalars s (the last action, the
 reward). Only inner products of vectors are read out: no rotation changes the output (tested).
 
-States. V vectors have n numbers each, there are K keys and J values. Each state h follows the
-recurrence of S5, h_t = a h_{t-1} + b_t with a = exp(-dt), dt > 0 learned, reset to 0. Left: b_t.
+States. V vectors have n numbers each, there are K keys and J values. Each state h, which
+resets set to 0, follows the recurrence of S5, h_t = a h_{t-1} + b_t with a = exp(-dt), dt > 0 learned. Left: b_t.
 
     (1 - a) B s, (1 - a) v   traces p and w, the zero-order hold of dh/dt = u - h
     z z^T    K x K           keys z_t = [1, s_t, p_{t-1}]

@@ -196,8 +196,8 @@ def reproduced(name: str, digits: int, **wanted: str) -> dict[str, str]:
 def test_every_number_of_the_results_table_is_in_its_csv_file():
     expected = {  # (task, agent) in the README: the row of a CSV file
         ("DMControl", "default"): trained("default 20 million"),
-        ("DMControl", "raw state hidden"): trained("default without privileged critic 20 million"),
-        ("DMControl", "default, GPU"): trained("default 100 million GPU"),
+        ("DMControl", "no privileged critic"): trained("default without privileged critic 20 million"),
+        ("DMControl", "vectors, GPU"): trained("default 100 million GPU"),
         ("DMControl", "S5, GPU"): trained("S5 100 million GPU"),
         ("DMControl", "LSTM, GPU"): trained("LSTM 100 million GPU"),
         ("DMControl", "no memory, GPU"): trained("no memory 100 million GPU"),
@@ -245,7 +245,7 @@ def test_the_readme_names_the_tasks_of_the_quick_start_and_its_returns():
     by_agent = {row[1]: row[4].split()[0] for row in results[1:]}
     returns = {row[0]: row[-1].split()[0] for row in quick[1:]}
     assert returns["on a laptop"] == by_agent["default"]
-    assert returns["on a GPU"] == by_agent["default, GPU"]
+    assert returns["H200"] == by_agent["vectors, GPU"]
     assert len(envs.TRAIN_TASKS) == 6
 
 
