@@ -759,11 +759,17 @@ def newton(M, dofs, a0, groups, dtype):
             return state[0] + 1, new, change > jnp.finfo(dtype).eps ** 0.75 * size
 
         # the cost is piecewise quadratic: after a step within one piece, the next is within rounding errors
-        values = lax.while_loop(lambda state: (state[0] < iterations) & state[2], turn, (0, values, True))[1]
+        begin = varying(0, values[0]), values, varying(True, values[0])
+        values = lax.while_loop(lambda state: (state[0] < iterations) & state[2], turn, begin)[1]
     else:  # unrolled, an iteration is one kernel; without barriers XLA takes minutes to fuse the iterations
         for _ in range(iterations):
             values = lax.optimization_barrier(iterate(values)[0])
     return [Traced(c) for c in values]
+
+
+def varying(constant, x):
+    """The constant, mapped by jax.vmap as x is: vmap traces a loop again for a carry that starts unmapped."""
+    return jnp.where(x == x, constant, constant)
 
 
 def line_search(M, offset, d, members, xs, dxs, slope0, evaluations, dtype):
@@ -876,7 +882,7 @@ def make_step(model, substeps=1, backend="fused"):
             return tuple(tuple(jnp.asarray(unwrap(x, dtype)) for x in part) for part in integrate(q, v))
 
         state = tuple(tuple(x.x for x in scalars(array, dtype)) for array in (qpos, qvel))
-        state += ((jnp.zeros((), dtype),) * len(touch),)
+        state += ((varying(jnp.zeros((), dtype), qpos[0]),) * len(touch),)
         state = substep(0, state) if substeps == 1 else lax.fori_loop(0, substeps, substep, state)
         return tuple(jnp.stack(part) if part else jnp.zeros(0, dtype) for part in state)
 
