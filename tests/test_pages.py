@@ -225,6 +225,8 @@ def test_every_number_of_the_results_table_is_in_its_csv_file():
     ("S5 100 million GPU", "gpu/plain_s5/metrics.csv"),
     ("LSTM 100 million GPU", "gpu/lstm/metrics.csv"),
     ("no memory 100 million GPU", "gpu/plain_none/metrics.csv"),
+    ("S5 with sysid cartpole-swingup alone", "sysid/cartpole_s5.csv"),
+    ("sysid without memory cartpole-swingup alone", "sysid/cartpole_none.csv"),
     ("S5 with sysid 100 million GPU", "gpu/s5/metrics.csv"),
     ("sysid without memory 100 million GPU", "gpu/none/metrics.csv"),
     ("default 283 million GPU", "gpu/vector64/metrics.csv"),
