@@ -569,8 +569,8 @@ class Trials:
           transition: Transition of arrays (T, N).
 
         Returns:
-          dict: "return" (tasks,), mean return of the whole episodes that ended, NaN if there were none
-          (-inf under JAX_DEBUG_NANS, which stops at a NaN); "length" (tasks,), their mean number of
+          dict: "return" (tasks,), mean return of the whole episodes that ended and not by divergence, NaN if
+          there were none (-inf under JAX_DEBUG_NANS, which stops at a NaN); "length" (tasks,), their mean number of
           environment steps; "reward" (tasks,), mean per environment step; "diverged" (), number of steps.
         """
         total = partial(jax.lax.psum, axis_name=self.axis) if self.axis else lambda x: x
@@ -578,11 +578,11 @@ class Trials:
         def by_task(x):  # (T, N) -> (tasks,)
             return total(x.reshape(len(x), len(self.tasks), -1).sum((0, 2)))
 
-        whole = transition.episode_end & transition.whole_episode
+        whole = transition.episode_end & transition.whole_episode & ~transition.diverged
         episodes = by_task(whole)
         nothing = -jnp.inf if jax.config.jax_debug_nans else jnp.nan
 
-        def mean(x):  # over the whole episodes that ended
+        def mean(x):  # over these episodes
             return jnp.where(episodes > 0, by_task(whole * x) / jnp.maximum(episodes, 1), nothing)
 
         dt = jnp.ones_like(transition.reward) if transition.dt is None else transition.dt

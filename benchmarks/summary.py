@@ -30,11 +30,11 @@ import envs
 MEMORIES = (  # log of a run, colour, line, label
     ("gpu/vector_memory/metrics.csv", "tab:purple", "-", "vectors, GPU (three seeds)"),
     ("default/metrics.csv", "magenta", "-", "vectors, CPU (three seeds)"),
-    ("no_privileged_critic/metrics.csv", "magenta", "--", "vectors, raw state hidden, CPU (three seeds)"),
+    ("no_privileged_critic/metrics.csv", "magenta", "--", "vectors, no privileged critic, CPU (three seeds)"),
     ("gpu/plain_s5/metrics.csv", "tab:blue", "-", "S5, GPU (three seeds)"),
     ("gpu/lstm/metrics.csv", "tab:orange", "-", "LSTM, GPU (three seeds)"),
     ("gpu/plain_none/metrics.csv", "tab:gray", "-", "no memory, GPU (three seeds)"),
-    ("gpu/plain64/metrics.csv", "navy", "-", "S5, raw state hidden, GPU (one)"),
+    ("gpu/plain64/metrics.csv", "navy", "-", "S5, no privileged critic, GPU (one)"),
     ("gpu/s5/metrics.csv", "tab:blue", ":", "S5, sysid, GPU (three seeds)"),
     ("gpu/none/metrics.csv", "black", ":", "no memory, sysid, GPU (three seeds)"))
 
@@ -75,7 +75,7 @@ def plot_training(axis) -> None:
         axis.plot(*metrics(log), color=colour, linewidth=1.8, label=label)
     axis.plot(*run(500), color="navy", label="ours, S5, sysid, width 256, one H200 (one)", **OURS | {"marker": "s"})
     axis.plot(*metrics("gpu/plain64/metrics.csv"), color="navy", linestyle=":", linewidth=1.8,
-              label="ours, S5, raw state hidden, one H200 (one seed)")
+              label="ours, S5, no privileged critic, one H200 (one seed)")
     axis.set_title("Six randomly projected tasks, training")
     add_legend(axis)
 

@@ -56,8 +56,11 @@ def test_a_return_that_would_overflow_ends_its_episode():
             obs, state, _, terminated, info = super().step_env(key, state, action, params)
             return obs, state, jnp.float32(3e38), terminated, info
 
-    out = rollout(envs.Trials([Rich()], 2, projection="none", **PLAIN), 4)
+    trials = envs.Trials([Rich()], 2, projection="none", **PLAIN)
+    out = rollout(trials, 4)
     np.testing.assert_array_equal(out.transition.diverged, [[False] * 2, [True] * 2] * 2)
+    summary = trials.summary(jax.tree.map(jnp.asarray, out.transition))
+    assert np.isnan(summary["return"])  # not the mean of the parts before
     assert np.isfinite(out.transition.episode_return).all()
 
 

@@ -443,7 +443,7 @@ def test_the_summary_counts_whole_episodes_by_task():
     found = trials.summary(jax.tree.map(jnp.asarray, transition))
     for i in range(3):
         task = np.s_[:, 2 * i:2 * i + 2]
-        over = end[task] & whole[task]
+        over = end[task] & whole[task] & ~diverged[task]
         for name, x in (("return", total), ("length", steps)):
             mean = x[task][over].mean() if i < 2 else np.nan
             np.testing.assert_allclose(found[name][i], mean, rtol=1e-5)
