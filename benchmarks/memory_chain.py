@@ -31,6 +31,7 @@ from common import (  # first: it finds the project
     Table,
     compile_program,
     device,
+    each,
     final_returns,
     log_axis,
     make_parser,
@@ -140,8 +141,9 @@ def main():
         for length in options.lengths:
             config = make_config(name, length, options.episodes, width=options.width, lr=options.lr)
             found = train_seeds(name, config, options.seeds)
-            table.add(length=length, memory=name, **mean_interval(found.pop("returns")), **found,
-                      episodes=options.episodes, steps=config.num_updates * config.steps_per_update)
+            returns = found.pop("returns")
+            table.add(length=length, memory=name, **mean_interval(returns), **found, episodes=options.episodes,
+                      steps=config.num_updates * config.steps_per_update, each=each(returns))
     draw(table.rows, options.out.with_suffix(".png"), title=device())
 
 

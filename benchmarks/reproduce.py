@@ -29,6 +29,7 @@ from common import (  # first: it finds the project
     PAPER_STYLE,
     RESULTS,
     WORDS,
+    each,
     log_axis,
     make_parser,
     mean_interval,
@@ -125,13 +126,14 @@ def row(memory, at, paper, ours, frames):
     """Returns a row of a figure's table: `ours` (seeds,) at `at` after `frames` steps of the slowest seed."""
     columns = mean_interval(ours)
     return {"memory": memory, "at": at, "paper": paper, "ours": columns.pop("mean"), **columns,
-            "million_frames": frames / 1e6}
+            "million_frames": frames / 1e6, "each": each(ours)}
 
 
 def write_table(figure, rows):
     """Writes `rows` into results/paper/FIGURE.csv, unless a stored row has more seeds or steps. Returns all."""
     path = PAPER / f"{figure}.csv"
-    table = {(r["memory"], r["at"]): r for r in (read_csv(path) if path.exists() else [])}
+    stored = read_csv(path) if path.exists() else []
+    table = {(r["memory"], r["at"]): r | {"each": r.get("each", "")} for r in stored}  # older files lack it
     for new in rows:
         new = {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in new.items()}
         old = table.setdefault((new["memory"], new["at"]), new)
@@ -157,7 +159,7 @@ def memory_rows(runs):
     theirs = {(r["length"], r["memory"]): r["return"] for r in read_csv(PAPER / "reference_memory.csv")}
     return [{"memory": run.variant, "at": r["length"], "paper": theirs[r["length"], run.variant], "ours": r["mean"],
              **{k: r[k] for k in ("low", "high", "worst", "seeds")}, "million_frames": float(r["steps"]) / 1e6,
-             "us_per_step": r["us_per_step"], "megabytes": r["megabytes"]}
+             "us_per_step": r["us_per_step"], "megabytes": r["megabytes"], "each": r.get("each", "")}
             for run in runs if run.path.exists() for r in read_csv(run.path)]
 
 

@@ -78,6 +78,15 @@ def test_reproduce_keeps_a_row_of_more_seeds_or_steps(reproduce):
     assert newer["million_frames"] == "3"
 
 
+def test_reproduce_names_every_seed_also_beside_rows_of_older_files(reproduce):
+    tasks = "RepeatPreviousHard", "CountRecallHard"
+    old, new = (reproduce.row("S5", task, 0.5, [0.8, np.nan], 2e6) for task in tasks)
+    del old["each"]
+    reproduce.write_csv(reproduce.PAPER / "popgym.csv", [old])
+    assert [row["each"] for row in reproduce.write_table("popgym", [new])] == ["", "0.8 -"]
+    assert [row["each"] for row in reproduce.read_csv(reproduce.PAPER / "popgym.csv")] == ["", "0.8 -"]
+
+
 def test_reproduce_counts_a_failed_seed_as_missing(reproduce, tmp_path, capsys):
     """It is neither left out of the worst nor scored by what it had before."""
     tasks = envs.TRAIN_TASKS
