@@ -286,7 +286,7 @@ def test_cheetahs_start_as_in_dm_control():
     env, model, random = make("cheetah-run")[0], theirs.physics.model, np.random.RandomState(4)
     limited = model.jnt_limited.astype(bool)
     low, high = model.jnt_range[limited].T
-    u, rest = np.random.default_rng(0).random((1000, dmc.NUM_UNIFORM)), []
+    u, rest = np.random.default_rng(0).random((2000, dmc.NUM_UNIFORM)), []
     for i in range(20):
         theirs.reset()
         rest.append(np.concatenate([theirs.physics.data.qpos, theirs.physics.data.qvel]))

@@ -211,6 +211,8 @@ def test_every_number_of_the_results_table_is_in_its_csv_file():
     assert written.keys() == expected.keys()
     for key, row in expected.items():
         assert {name: written[key][name] for name in row} == row, key
+    longest = reproduced("dmcontrol", 0, memory="S5", at="mean of the six, 500 of 500 million")
+    assert f"(500 million: {longest['paper']}, here {longest['here']})" in read("README.md")
 
 
 @pytest.mark.parametrize("run, log", [
@@ -218,6 +220,7 @@ def test_every_number_of_the_results_table_is_in_its_csv_file():
     ("default without privileged critic 20 million", "no_privileged_critic/metrics.csv"),
     ("S5 20 million", "s5/metrics.csv"),
     ("S5 100 million", "s5/metrics_100_million.csv"),
+    ("S5 20 million rollouts of 500 steps", "s5/metrics_whole_trials.csv"),
     ("LSTM 20 million", "lstm/metrics.csv"),
     ("no memory 20 million", "none/metrics.csv"),
     ("S5 with sysid 20 million", "sysid/metrics.csv"),
@@ -272,6 +275,6 @@ def test_the_speed_table_of_the_readme_is_that_of_the_benchmarks():
             expected = [f"{int(rows[backend]['steps_per_s']):,}" for backend in ("fused", "C-1-thread", "mjx")]
             assert numbers == expected
         else:
-            run = rows_of("gpu/speed_6144/timing.csv" if "H100" in name else "default/timing.csv")
+            run = rows_of("gpu/speed_6144/timing.csv" if "H100" in name else "timing.csv")
             rate = statistics.median(float(row["sps"]) for row in run)
             assert abs(int(numbers[0].replace(",", "")) / rate - 1) < 0.01
