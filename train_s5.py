@@ -105,10 +105,11 @@ def make_memory(config: "Config", trials: envs.Trials | None = None) -> nn.Modul
     if memory_of(config) == "s5":
         return Memory(features=config.width, state_size=config.state_size, layers=config.layers,
                       dtype=jnp.dtype(config.dtype))
-    if not (config.observe_action and config.observe_change and config.num_steps % 4 == 0):
-        raise ValueError("--memory vector, the default under random projections, needs --observe-action, "
-                         "--observe-change and a --num-steps that is a multiple of 4; --memory s5 does not")
     from vector_s5 import VectorS5
+    if not (config.observe_action and config.observe_change and config.num_steps % VectorS5.stride == 0):
+        raise ValueError("--memory vector, the default under random projections, needs --observe-action, "
+                         f"--observe-change and a --num-steps that is a multiple of {VectorS5.stride}; "
+                         "--memory s5 does not")
     layer = VectorS5(features=config.width, scalars=trials.action_width + 1, vectors=2,
                      size=trials.obs_size, actions=trials.action_width)
     return VectorMemory(layer, config.width)

@@ -121,7 +121,7 @@ class VectorS5(nn.Module):
     lags: tuple = (0.05, 0.8)  # decays at first: of each action a trace per lag, of each vector one with lags[0]
     horizon: float = 500.0  # steps that the sums remember at first
     ridge: float = 1e-3  # of the mean square, after many steps; more after few
-    stride: int = 4  # steps between two regressions
+    stride: int = 8  # steps between two regressions
     scan: str = "auto"  # see s5.linear_recurrence
 
     @property

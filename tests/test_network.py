@@ -68,8 +68,8 @@ COPIES = {
     # more than ten seconds: the physics of six models is compiled
     "train_s5 on its default tasks": Copy(
         ("train_s5.py", "s5.py", "vector_s5.py", "envs.py", "dmc.py", "physics.py"),
-        ("--total-timesteps", "96", "--num-envs", "12", "--num-steps", "4", "--log-every", "1"),
-        ("dm_control", "brax"), (96,)),
+        ("--total-timesteps", "192", "--num-envs", "12", "--num-steps", "8", "--log-every", "1"),
+        ("dm_control", "brax"), (192,)),
 }
 
 
@@ -252,7 +252,7 @@ def test_a_blind_agent_with_vector_memory_is_blind():
 
 
 def test_vector_memory_needs_what_it_stores():
-    for changes in (dict(observe_action=False), dict(observe_change=False), dict(num_steps=6)):
+    for changes in (dict(observe_action=False), dict(observe_change=False), dict(num_steps=12)):
         with pytest.raises(ValueError, match="--memory vector, .* needs"):
             train_s5.make_train(small(train_s5, memory="vector", **changes))
 
