@@ -4,8 +4,9 @@
     python benchmarks/minutes_to_400.py --flags --lr 1e-3 --num-minibatches 8
 
 Wall time of the whole process, imports and compilation included (nothing is cached), until the mean return
-of the six tasks over the last --window environment steps reaches a goal. A run ends with its last goal or
-its last step. An empty cell: not reached. Training is annealed over the trainer's --total-timesteps, so a
+of the six tasks over the last --window environment steps reaches a goal; an empty cell: not reached. Every
+run goes on to its last step. `return` is the mean over its last tenth, so that speed bought with return
+shows, and `minutes` its whole wall time. Training is annealed over the trainer's --total-timesteps, so a
 shorter run can reach a goal sooner.
 """
 
@@ -35,31 +36,33 @@ def newest_return(folder: Path, window: float) -> float:
     return float(np.mean([experiment.nanmean([row[task] for row in recent]) for task in tasks]))
 
 
-def minutes(trainer: str, seed: int, goals: list[float], window: float, flags: list[str]) -> dict[float, float]:
-    """Trains one seed and returns {goal: minutes}, NaN where it is not reached.
+def measure(trainer: str, seed: int, goals: list[float], window: float, flags: list[str], folder: Path) -> dict:
+    """Trains one seed in `folder` and returns the columns of its row, NaN where a goal is not reached.
 
     ValueError: the trainer ended with an error.
     """
     found = {}
-    with tempfile.TemporaryDirectory() as folder:
-        begin = time.perf_counter()
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory() as cache:
         process = subprocess.Popen(
-            [sys.executable, str(ROOT / trainer), "--seed", str(seed), "--no-evaluate", "--out",
-             f"{folder}/run", *flags], env=os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache"},
-            stdout=subprocess.DEVNULL)
+            [sys.executable, str(ROOT / trainer), "--seed", str(seed), "--no-evaluate", "--out", str(folder),
+             *flags], env=os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}, stdout=subprocess.DEVNULL)
         try:
             ended = False
-            while not ended and len(found) < len(goals):
+            while not ended:
                 time.sleep(0.5)
                 ended = process.poll() is not None  # before the last look at the log
-                now, reached = time.perf_counter() - begin, newest_return(Path(folder, "run"), window)
+                now, reached = time.perf_counter() - begin, newest_return(folder, window)
                 found |= {goal: now / 60 for goal in goals if reached >= goal and goal not in found}
         finally:
             process.terminate()
             process.wait()
-    if ended and process.returncode:
+    if process.returncode:
         raise ValueError(f"{' '.join([trainer, *flags])} ended with an error, which is printed above")
-    return {goal: found.get(goal, float("nan")) for goal in goals}
+    rows = read_rows(folder)
+    tenth = 0.1 * rows[-1]["steps"] if rows else 0.0
+    return {f"minutes_to_{goal:g}": found.get(goal, float("nan")) for goal in goals} | {
+        "minutes": now / 60, "return": newest_return(folder, tenth)}
 
 
 def main():
@@ -69,14 +72,17 @@ def main():
     parser.add_argument("--goals", type=positive, nargs="+", default=[350.0, 400.0])
     parser.add_argument("--window", type=positive, default=1e6, help="environment steps")
     parser.add_argument("--out", type=Path, default=RESULTS / "minutes_to_400.csv")
+    parser.add_argument("--keep", type=Path, help="new folder for the run folders, else they are deleted")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[],
                         help="of the trainer, last on the command line")
     options = parser.parse_args()
     table = Table(options.out)
-    for seed in range(options.seeds):
-        found = minutes(options.trainer, seed, options.goals, options.window, options.flags)
-        table.add(seed=seed, **{f"minutes_to_{goal:g}": x for goal, x in found.items()},
-                  flags=" ".join(options.flags))
+    with tempfile.TemporaryDirectory() as temporary:
+        for seed in range(options.seeds):
+            row = measure(options.trainer, seed, options.goals, options.window, options.flags,
+                          (options.keep or Path(temporary)) / f"seed_{seed}")
+            table.add(seed=seed, **row, flags=" ".join(options.flags))
+    print(f"return in the last tenth: {each(np.array([row['return'] for row in table.rows]))}")
     for goal in options.goals:
         x = np.array([row[f"minutes_to_{goal:g}"] for row in table.rows])
         reached = np.isfinite(x)
