@@ -43,7 +43,7 @@ def reduce_trials(reward, lasted, episodes: int, steps) -> tuple[np.ndarray, np.
     """(returns (N,), curves (N, BINS)) of trials, float64.
 
     Args:
-      reward, lasted: (T, N), see compile_rollout.
+      reward, lasted: (T, N), see evaluate.make_rollout.
       episodes: episodes of a trial.
       steps: (N,) environment steps of a trial.
     """

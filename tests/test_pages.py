@@ -254,14 +254,14 @@ def test_the_readme_names_the_tasks_of_the_quick_start_and_its_returns():
     assert len(envs.TRAIN_TASKS) == 6
 
 
-def test_the_paper_reaches_the_return_of_20_million_steps_after_170_million():
+def test_the_paper_reaches_the_return_of_20_million_steps_after_160_million():
     curve = [row for row in rows_of("paper/reference_dmcontrol.csv")
              if row["task"] == "mean of the six" and row["memory"] == "S5"]
     ours = float(row_of("training.csv", run="default 20 million")["return"])
     steps, returns = ([float(row[name]) for row in curve] for name in ("million_frames", "return"))
     after = next(i for i, value in enumerate(returns) if value >= ours)
     share = (ours - returns[after - 1]) / (returns[after] - returns[after - 1])
-    assert abs(steps[after - 1] + share * (steps[after] - steps[after - 1]) - 170) < 10
+    assert abs(steps[after - 1] + share * (steps[after] - steps[after - 1]) - 160) < 10
 
 
 def test_the_speed_table_of_the_readme_is_that_of_the_benchmarks():
