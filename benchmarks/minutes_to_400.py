@@ -4,10 +4,10 @@
     python benchmarks/minutes_to_400.py --flags --lr 1e-3 --num-minibatches 8
 
 Wall time of the whole process, imports and compilation included (nothing is cached), until the mean return
-of the six tasks over the last --window environment steps reaches a goal; an empty cell: not reached. Every
-run goes on to its last step. `return` is the mean over its last tenth, so that speed bought with return
-shows, and `minutes` its whole wall time. Training is annealed over the trainer's --total-timesteps, so a
-shorter run can reach a goal sooner.
+of the six tasks over the last --window environment steps reaches a goal. An empty cell: not reached. Every
+run goes on to its last step. The column `return` is the mean over the last tenth of the run: it shows whether
+speed was bought with return. `minutes` is the wall time of the whole run. Training is annealed over the
+trainer's --total-timesteps, so a shorter run can reach a goal sooner.
 """
 
 import argparse
