@@ -73,9 +73,11 @@ def speed(name: str, question: str, num_envs: int, *flags: str, xla_flags: str =
     return Job(name, question, 160, "train_s5.py", flags, alone=True, xla_flags=xla_flags)
 
 
-def memory(name: str, question: str, *flags: str, script: str = "train_s5.py", seconds: int = 440) -> Job:
-    """100 million steps by three seeds side by side, with the sizes of a network on a CPU."""
-    sizes = ("--num-envs", "1536", "--width", "64", "--num-seeds", "3", "--total-timesteps", "100000000")
+def memory(name: str, question: str, *flags: str, script: str = "train_s5.py", millions: int = 100, seeds: int = 3,
+           seconds: int = 440) -> Job:
+    """A training run of seeds side by side, with the sizes of a network on a CPU."""
+    sizes = ("--num-envs", "1536", "--width", "64", "--num-seeds", str(seeds),
+             "--total-timesteps", f"{millions}000000")
     if script == "train_s5.py":  # a CPU's sizes of the LSTM follow from the width
         sizes = ("--layers", "3", "--state-size", "32", *sizes)
     return Job(name, question, seconds, script, (*flags, *sizes))
@@ -89,6 +91,8 @@ JOBS = (
     memory("lstm", "what an LSTM learns without sysid", script="train_lstm.py", seconds=500),
     memory("plain_none", "what no memory learns without sysid", "--memory", "s5", "--reset", "step"),
     memory("plain_s5", "what S5 learns without sysid", "--memory", "s5"),
+    memory("plain_s5_300", "what it learns in 300 million steps", "--memory", "s5", millions=300, seconds=600),
+    memory("vector_300", "what the default memory learns in 300 million steps", millions=300, seeds=2, seconds=650),
     learn("vector64", "what the default agent learns with the sizes of a GPU", rate=0.6),
     learn("s5_64", "what S5 with sysid learns with these sizes", *SYSID),
     learn("none64", "what sysid alone learns with these sizes", *SYSID, "--reset", "step"),
