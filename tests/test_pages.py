@@ -234,6 +234,8 @@ def test_every_number_of_the_results_table_is_in_its_csv_file():
     ("sysid without memory 100 million GPU", "gpu/none/metrics.csv"),
     ("S5 with sysid 100 million CPU", "sysid/hundred_million_s5.csv"),
     ("sysid without memory 100 million CPU", "sysid/hundred_million_none.csv"),
+    ("default 300 million GPU", "gpu/vector_300/metrics.csv"),
+    ("S5 300 million GPU", "gpu/plain_s5_300/metrics.csv"),
     ("default 283 million GPU", "gpu/vector64/metrics.csv"),
     ("sysid without memory 252 million GPU", "gpu/none64/metrics.csv"),
     ("S5 with sysid 300 million GPU", "gpu/s5_64/metrics.csv"),
