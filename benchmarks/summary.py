@@ -29,9 +29,11 @@ import envs
 
 MEMORIES = (  # log of a run, colour, line, label
     ("gpu/vector_memory/metrics.csv", "tab:purple", "-", "vectors, GPU (three seeds)"),
+    ("gpu/vector_300/metrics.csv", "tab:purple", "-.", "vectors, 300 million steps (two seeds)"),
     ("default/metrics.csv", "magenta", "-", "vectors, CPU (three seeds)"),
     ("no_privileged_critic/metrics.csv", "magenta", "--", "vectors, no privileged critic, CPU (three seeds)"),
     ("gpu/plain_s5/metrics.csv", "tab:blue", "-", "S5, GPU (three seeds)"),
+    ("gpu/plain_s5_300/metrics.csv", "tab:blue", "-.", "S5, 300 million steps (three seeds)"),
     ("gpu/lstm/metrics.csv", "tab:orange", "-", "LSTM, GPU (three seeds)"),
     ("gpu/plain_none/metrics.csv", "tab:gray", "-", "no memory, GPU (three seeds)"),
     ("gpu/plain64/metrics.csv", "navy", "-", "S5, no privileged critic, GPU (one)"),
@@ -71,7 +73,7 @@ def plot_training(axis) -> None:
     for log, colour, label in (
             ("default/metrics.csv", "magenta", "ours, default command, CPU (three seeds)"),
             ("gpu/vector_memory/metrics.csv", "tab:purple", "ours, the same network, one H200 (three seeds)"),
-            ("gpu/vector64/metrics.csv", "black", "ours, width 256, one H200 (one seed)")):
+            ("gpu/vector_300/metrics.csv", "black", "the same, 300 million steps (two seeds)")):
         axis.plot(*metrics(log), color=colour, linewidth=1.8, label=label)
     axis.plot(*run(500), color="navy", label="ours, S5, sysid, width 256, one H200 (one)", **OURS | {"marker": "s"})
     axis.plot(*metrics("gpu/plain64/metrics.csv"), color="navy", linestyle=":", linewidth=1.8,
