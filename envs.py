@@ -409,6 +409,7 @@ class Trials:
       action_dims, num_bins: an action is (N, action_dims) int32 with values below num_bins.
       max_episode_steps, trial_length: of the shortest task; None where episodes have no limit.
       refresh_every: steps between two draws of spare starts.
+      durations: all values that Observation.dt can take; () if there is no dt, or more than 17 values.
 
     Raises:
       ValueError: the environments cannot be split, or the tasks do not go together, or a size is too
@@ -448,6 +449,8 @@ class Trials:
         self.mean_repeat = self.repeats[0] if len(self.repeats) == 1 else self.repeats.mean()
         self.irregular = len(self.repeats) > 1 or self.time_unit is not None
         self.time_unit = self.time_unit or self.mean_repeat
+        longest = self.repeats.max() if self.irregular else 0  # an episode's end can cut an action short
+        self.durations = (1.0, *(np.arange(1, longest + 1) / self.time_unit)) if 0 < longest <= 16 else ()
         self.sysid = importlib.import_module("sysid") if self.sysid else None
         self.envs, self.params = zip(*(make(task, **(self.env_kwargs or {})) for task in self.tasks))
         self.task_of_env = np.repeat(np.arange(len(self.tasks)), self.num_envs // len(self.tasks))

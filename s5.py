@@ -224,7 +224,12 @@ class S5Layer(nn.Module):
         u = self.norm(x)
         if dt is None:
             return u, discrete["a"], _halves(_matmul(u, discrete["B_bar"]))
-        a, hold = zoh(discrete["lam"], discrete["step"] * dt[..., None])
+        values, index = dt if isinstance(dt, tuple) else (dt, None)
+        a, hold = zoh(discrete["lam"], discrete["step"] * values[..., None])
+        if index is not None:  # as products, whose gradient is faster than that of a[index]
+            chosen = jax.nn.one_hot(index, len(values), dtype=jnp.float32)
+            chosen = partial(jnp.matmul, chosen, precision="highest")
+            a, hold = (lax.complex(chosen(y.real), chosen(y.imag)) for y in (a, hold))
         return u, a, hold * _halves(_matmul(u, discrete["B"]))
 
     def _readout(self, discrete, x, u, states):
@@ -291,7 +296,8 @@ class S5(nn.Module):
         state  from `zero_state` or a call before; None begins at the initial state
         x      (T, ..., H) float
         reset  (T, ...) bool, whether the state is reset before that step; None: never
-        dt     (T, ...) or one number, >= 0: multiplies all step sizes of that step; None: 1
+        dt     (T, ...) or one number, >= 0: multiplies all step sizes of that step; None: 1. Or a pair: the few
+               values that occur, (m,), and the index of each step's value, (T, ...) int, which is faster
         """
         state, x, reset, dt = self._arguments(state, x, reset, dt, x.shape[1:-1])
         new = []
@@ -321,5 +327,8 @@ class S5(nn.Module):
             state, first = self.zero_state(batch_shape), () if steps == batch_shape else 0
             reset = reset.at[first].set(True)
         state = tuple(jnp.asarray(s, jnp.complex64) for s in state)
-        dt = None if dt is None else jnp.broadcast_to(jnp.asarray(dt, jnp.float32), steps)
+        if isinstance(dt, tuple):
+            dt = jnp.asarray(dt[0], jnp.float32), jnp.asarray(dt[1])
+        elif dt is not None:
+            dt = jnp.broadcast_to(jnp.asarray(dt, jnp.float32), steps)
         return state, jnp.asarray(x, jnp.float32), reset, dt

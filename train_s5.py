@@ -60,6 +60,14 @@ class Memory(S5):
     hides it.
     """
 
+    durations: tuple[float, ...] = ()  # all values of dt in a sequence, if they are known; a step takes any
+
+    def __call__(self, hidden, x, reset, dt=None):
+        if dt is not None and self.durations:
+            values = jnp.array(self.durations, jnp.float32)
+            dt = values, jnp.abs(dt[..., None] - values).argmin(-1)
+        return super().__call__(hidden, x, reset, dt)
+
     def step(self, hidden, x, reset, dt=None):
         return super().step(self.discretise(), hidden, x, reset, dt)
 
@@ -104,7 +112,7 @@ def make_memory(config: "Config", trials: envs.Trials | None = None) -> nn.Modul
     """The agent's memory. Any flax module with the three methods of `Memory` can take its place."""
     if memory_of(config) == "s5":
         return Memory(features=config.width, state_size=config.state_size, layers=config.layers,
-                      dtype=jnp.dtype(config.dtype))
+                      dtype=jnp.dtype(config.dtype), durations=trials.durations if trials else ())
     from vector_s5 import VectorS5
     if not (config.observe_action and config.observe_change and config.num_steps % VectorS5.stride == 0):
         raise ValueError("--memory vector, the default under random projections, needs --observe-action, "

@@ -88,6 +88,19 @@ def test_an_episode_that_ends_early_ends_the_step():
     np.testing.assert_allclose(transition.reward, steps)  # one in every environment step
 
 
+@pytest.mark.parametrize("fields", [dict(action_repeat=(1, 8)), dict(action_repeat=(3, 4), time_unit=2.0)])
+def test_durations_are_all_values_that_an_agent_can_observe(fields):
+    trials = envs.Trials(("CartPole-v1",), 32, **fields, **PLAIN)
+    observed = np.unique(rollout(trials, 40)[0].dt)
+    assert len(observed) > 2
+    assert all(np.isclose(trials.durations, dt).any() for dt in observed)
+
+
+def test_there_are_no_durations_where_steps_last_equally_or_too_many_values_occur():
+    for repeats in (1, 2, (1, 17)):
+        assert envs.Trials(("CartPole-v1",), 1, action_repeat=repeats, **PLAIN).durations == ()
+
+
 def test_one_duration_given_as_a_number_or_a_tuple_is_the_same():
     one, many = (rollout(envs.Trials((LongClock(),), 4, action_repeat=repeat, **PLAIN), 20)
                  for repeat in (2, (2,)))
@@ -164,7 +177,7 @@ def inputs():
 def network_of(trainer, dt):
     trials, observation, reset = inputs()
     config = trainer.Config(**SMALL | dict(action_repeat=(1, 4), dt=dt))
-    network = train_s5.ActorCritic(config, trainer.make_memory(config), 1, 2)
+    network = train_s5.ActorCritic(config, trainer.make_memory(config, trials), 1, 2)
     norm = jax.tree.map(lambda x: train_s5.no_moments(x.shape[2:]), observation)
     hidden = network.zero_state((8,))
     params = network.init(KEY, norm, hidden, observation, reset)

@@ -247,6 +247,21 @@ def test_dt_one_is_none_and_two_doubles_the_step_sizes():
     close(run(net, params, state, x, reset, 2 * ones), run(net, doubled, state, x, reset), 2e-5)
 
 
+def test_dt_can_be_a_few_values_and_the_index_of_each_step():
+    """The same outputs and gradients as with a number for each step, also in acting."""
+    net, params, state, x, reset = make()
+    values, index = jnp.array([0.0, 0.5, 1.0, 3.0]), jax.random.randint(jax.random.key(8), (T, B), 0, 4)
+    pair, numbers = (values, index), values[index]
+    close(run(net, params, state, x, reset, pair), run(net, params, state, x, reset, numbers), 1e-6)
+    close(run_steps(net, params, state, x, reset, (jnp.tile(values, (T, 1)), index)),
+          run_steps(net, params, state, x, reset, numbers), 1e-6)
+
+    def gradient(dt):
+        return jax.jit(jax.grad(lambda p: jnp.sin(run(net, p, state, x, reset, dt)[1]).sum()))(params)
+
+    close(gradient(pair), gradient(numbers), 1e-4)
+
+
 def test_dt_zero_keeps_the_state():
     net, params, state, x, reset = make(p_reset=0, initial="learned")
     close(run(net, params, state, x, reset, jnp.zeros((T, B)))[0], state, 1e-6)
