@@ -12,16 +12,12 @@ Each layer has P states, of which one of each conjugate pair is stored (P/2 comp
     dx/dt = L x + B u,    y = 2 Re(C x) + D * u,    L diagonal, with Re(L) < 0 for all parameters
     x_t = Lbar x_{t-1} + Bbar u_t,    Lbar = exp(L dt),    Bbar = (Lbar - 1) / L * B      (zero-order hold)
 
-A reset at t replaces x_{t-1} by the initial state before u_t enters.
-
-Pass dt where steps do not last equally long, in units of their mean: the state then changes by the time that has
-passed, and on some tasks an agent trained at one length acts as well at others (results/README.md). Where all last
-equally long, leave it out: it costs time and changes nothing.
-
-Sources: Smith et al., "Simplified State Space Layers for Sequence Modeling" (arXiv 2208.04933) for S5; Lu et al.,
-"Structured State Space Models for In-Context Reinforcement Learning" (arXiv 2303.03982) for resets. The
-implementation of Lu et al. has a second LayerNorm, after the SSM, by default (do_gtrxl_norm=True): its outputs
-differ from ours by 3 with it, else by 1.5e-6.
+A reset at t replaces x_{t-1} by the initial state before u_t enters. Pass dt where steps do not last equally long,
+in units of their mean: on some tasks an agent then acts as well at other lengths than those it was trained at
+(results/README.md). Else leave it out: it costs time. Sources: Smith et al., "Simplified State
+Space Layers for Sequence Modeling" (arXiv 2208.04933) for S5; Lu et al., "Structured State Space Models for
+In-Context Reinforcement Learning" (arXiv 2303.03982) for resets. The implementation of Lu et al. has a second
+LayerNorm, after the SSM, by default (do_gtrxl_norm=True): its outputs differ from ours by 3 with it, else by 1.5e-6.
 The authors of S5 train decay, frequency, log_dt, B and the LayerNorm with a learning rate of their own, often
 lower, and without weight decay (optax.multi_transform). train_s5.py uses one rate and no weight decay.
 
@@ -225,7 +221,7 @@ class S5Layer(nn.Module):
         if dt is None:
             return u, discrete["a"], _halves(_matmul(u, discrete["B_bar"]))
         values, index = dt if isinstance(dt, tuple) else (dt, None)
-        a, hold = zoh(discrete["lam"], discrete["step"] * values[..., None])
+        a, hold = zoh(discrete["lam"], discrete["step"] * jnp.asarray(values, jnp.float32)[..., None])
         if index is not None:  # as products, whose gradient is faster than that of a[index]
             chosen = jax.nn.one_hot(index, len(values), dtype=jnp.float32)
             chosen = partial(jnp.matmul, chosen, precision="highest")
@@ -327,8 +323,6 @@ class S5(nn.Module):
             state, first = self.zero_state(batch_shape), () if steps == batch_shape else 0
             reset = reset.at[first].set(True)
         state = tuple(jnp.asarray(s, jnp.complex64) for s in state)
-        if isinstance(dt, tuple):
-            dt = jnp.asarray(dt[0], jnp.float32), jnp.asarray(dt[1])
-        elif dt is not None:
+        if dt is not None and not isinstance(dt, tuple):
             dt = jnp.broadcast_to(jnp.asarray(dt, jnp.float32), steps)
         return state, jnp.asarray(x, jnp.float32), reset, dt

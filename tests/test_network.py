@@ -190,7 +190,7 @@ class Network(NamedTuple):
 def network_of(trainer=train_s5, sizes=(), shape=(T, B), **changes):
     """A network for random observations of these sizes, with what it is applied to."""
     config = small(trainer, **changes)
-    memory = trainer.make_memory(config, SimpleNamespace(obs_size=4, action_width=2))
+    memory = trainer.make_memory(config, SimpleNamespace(obs_size=4, action_width=2, durations=()))
     module = trainer.ActorCritic(config, memory, 2, 9)
     observation = random_observation(shape=shape, **dict(sizes))
     norm = jax.tree.map(lambda x: trainer.no_moments(x.shape[2:]), observation)
@@ -241,7 +241,7 @@ def test_the_memory_has_vectors_where_observations_are_projected(changes, memory
     for chosen in ("s5", "vector"):
         config = small(**changes | dict(memory=chosen))
         assert train_s5.memory_of(config) == chosen
-        made = train_s5.make_memory(config, SimpleNamespace(obs_size=4, action_width=2))
+        made = train_s5.make_memory(config, SimpleNamespace(obs_size=4, action_width=2, durations=()))
         assert isinstance(made, train_s5.VectorMemory) == (chosen == "vector")
 
 
