@@ -222,7 +222,7 @@ class S5Layer(nn.Module):
             return u, discrete["a"], _halves(_matmul(u, discrete["B_bar"]))
         values, index = dt if isinstance(dt, tuple) else (dt, None)
         a, hold = zoh(discrete["lam"], discrete["step"] * jnp.asarray(values, jnp.float32)[..., None])
-        if index is not None:  # as products, whose gradient is faster than that of a[index]
+        if index is not None:  # as products: the gradient of a[index] would be a scatter
             chosen = jax.nn.one_hot(index, len(values), dtype=jnp.float32)
             chosen = partial(jnp.matmul, chosen, precision="highest")
             a, hold = (lax.complex(chosen(y.real), chosen(y.imag)) for y in (a, hold))
