@@ -78,7 +78,7 @@ class Budget(NamedTuple):
     seeds: int = 5
     updates: int = 130  # of the first two parts: 533,000 steps of the agent
     trials: int = 64  # of a test, for each seed
-    projected_seeds: int = 2
+    projected_seeds: int = 5
     projected_steps: int = 5_000_000  # environment steps
     projected_tasks: tuple = envs.TRAIN_TASKS
     pairs: int = 15  # of times
