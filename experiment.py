@@ -232,7 +232,6 @@ def run(make_train: Callable, config: Any, options: Options) -> Path:
             wandb = on_first(lambda: options.wandb and stack.enter_context(start_wandb(this)))
             say(f"{this.folder}: {len(agents)} x {config.num_updates * config.steps_per_update:,} steps of "
                 f"{', '.join(config.env)} on {mesh.size} {jax.default_backend()}")
-            say("compiling, which takes about a minute")
             update, runner, chunk = prepare(make_train, this, mesh)
         except (Exception, SystemExit):
             if devices.is_first() and not options.resume:
@@ -299,6 +298,7 @@ def prepare(make_train: Callable, this: Run, mesh: Any) -> tuple[int, Any, Calla
             raise
         raise ValueError(f"--env-kwargs {' '.join(this.config.env_kwargs)} do not fit the environment: "
                          f"{str(error) or type(error).__name__}") from None
+    say("compiling, which takes about a minute")
     with ThreadPoolExecutor() as pool:
         compiling = pool.submit(program.compile)
         update, runner = pool.submit(first_runner, this, program).result()
