@@ -12,9 +12,9 @@ Each layer has P states, of which one of each conjugate pair is stored (P/2 comp
     dx/dt = L x + B u,    y = 2 Re(C x) + D * u,    L diagonal, with Re(L) < 0 for all parameters
     x_t = Lbar x_{t-1} + Bbar u_t,    Lbar = exp(L dt),    Bbar = (Lbar - 1) / L * B      (zero-order hold)
 
-A reset at t replaces x_{t-1} by the initial state before u_t enters. Pass dt where steps do not last equally long,
-in units of their mean: on some tasks an agent then acts as well at other lengths than those it was trained at
-(results/README.md). Else leave it out: it costs time. Sources: Smith et al., "Simplified State
+A reset at t replaces x_{t-1} by the initial state before u_t enters. Pass dt, in units of its mean, where steps
+do not last equally long: on some tasks an agent that receives dt keeps its return at lengths that were not trained
+(results/README.md). Leave dt out where all steps last equally: dt costs time. Sources: Smith et al., "Simplified State
 Space Layers for Sequence Modeling" (arXiv 2208.04933) for S5; Lu et al., "Structured State Space Models for
 In-Context Reinforcement Learning" (arXiv 2303.03982) for resets. The implementation of Lu et al. has a second
 LayerNorm, after the SSM, by default (do_gtrxl_norm=True): its outputs differ from ours by 3 with it, else by 1.5e-6.

@@ -213,7 +213,7 @@ class ActorCritic(nn.Module):
     """Encoders -> memory -> policy head and value head.
 
     Observations are normalised by `norm`, an envs.Observation of Moments pooled over all tasks, so that
-    the scale of an input tells nothing about the task.
+    the scale of an input does not reveal the task.
     """
 
     config: Config
